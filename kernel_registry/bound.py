@@ -1,0 +1,107 @@
+"""A bound kernel: what a dispatch returns. It is callable, knows its name, and follows a reload.
+
+Calling it costs one C call more than the raw function. When the choice depends on dynamic traits, the
+raw function is a small table lookup built here, once; a kernel of the table is imported and bound with the others, so
+that nothing is left to import at call time.
+"""
+
+from __future__ import annotations
+
+import inspect
+from bisect import bisect_right
+from functools import partial
+from typing import Callable, Mapping
+
+from . import targets
+from .catalog import Implementation, Op
+from .contract import Request
+from .errors import TargetError
+from .selection import Table
+
+
+class BoundKernel(partial):
+    """A kernel bound to its traits. Call it with the contract's arguments.
+
+    op       the op's name
+    request  the canonical traits it was dispatched for, and which dynamic ones are open
+    context  what it was dispatched under: (pinned implementation or None, scope or None)
+
+    A functools.partial without arguments forwards a call in C, at a third of what a Python `__call__` costs, and its
+    function can be replaced in place, which is how a handle held by an engine follows a reload.
+    """
+
+    op: str
+    request: Request
+    context: object
+
+    @classmethod
+    def of(cls, request: Request, context: object, table: Table, call: Callable) -> "BoundKernel":
+        kernel = cls(call)
+        kernel.op, kernel.context = request.op, context
+        kernel.set(request, table, call)
+        return kernel
+
+    def set(self, request: Request, table: Table, call: Callable) -> None:
+        """Points the handle at another choice; for the registry."""
+        self.request, self.table = request, table
+        self.__setstate__((call, (), {}, self.__dict__))
+
+    @property
+    def name(self) -> str:
+        """The implementation's name; names joined by "|" where the choice depends on a dynamic trait."""
+        return "|".join(self.table.winners())
+
+    @property
+    def traits(self) -> Mapping[str, object]:
+        """The canonical traits, the open ones left out."""
+        return {n: v for n, v in self.request.traits.items() if n not in self.request.open}
+
+    @property
+    def raw(self) -> Callable:
+        """The function that runs now, without the handle; it does not follow a reload."""
+        return self.func
+
+    def __repr__(self):
+        return f"<{self.name} for {self.request}>"
+
+
+def make_call(op: Op, request: Request, table: Table, made: dict[str, Callable]) -> Callable:
+    """The raw function for `table`. `made` remembers kernels already built for this request, by implementation."""
+    if table.trait is None:
+        implementation = table.decision.implementation
+        if implementation.name not in made:
+            made[implementation.name] = make_kernel(implementation, request)
+        return made[implementation.name]
+    read = op.contract.dynamic[table.trait]
+    calls = [make_call(op, request, branch, made) for branch in table.branches]
+    bounds = table.bounds
+    if isinstance(bounds[0], bool):
+        no, yes = calls
+
+        def by_flag(*args, **kwargs):
+            return (yes if read(*args, **kwargs) else no)(*args, **kwargs)
+        return by_flag
+
+    def by_range(*args, **kwargs):
+        return calls[bisect_right(bounds, read(*args, **kwargs))](*args, **kwargs)
+    return by_range
+
+
+def make_kernel(implementation: Implementation, request: Request) -> Callable:
+    """Imports the target and calls it with the traits it names: the one place where a kernel comes to be."""
+    factory = targets.load(implementation.target, implementation.where)
+    static = {name: value for name, value in request.traits.items() if name not in request.open}
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        wanted = static if takes_all else {p.name: static[p.name] for p in parameters if p.name in static}
+        kernel = factory(**wanted)
+    except Exception as error:  # a factory may fail in any way; say which, and where it was declared
+        raise TargetError(f"{implementation.target} can't be bound: {type(error).__name__}: {error}",
+                          where=implementation.where,
+                          hint="a target is a function of the traits it names as keywords, and returns the kernel"
+                          ) from error
+    if not callable(kernel):
+        raise TargetError(f"{implementation.target} returned {type(kernel).__name__}, not a kernel to call",
+                          where=implementation.where, hint="a target takes the traits and returns a function")
+    return kernel

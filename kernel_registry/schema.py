@@ -1,0 +1,122 @@
+"""The shape of registry and override files: pydantic models, their errors told with file and line, their JSON Schema.
+
+What a key means is the business of the module that reads it; here is only which keys exist. A key that is not here is
+an error, and every key that is here is read somewhere.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Optional, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from . import targets
+from .document import Document
+from .errors import DocumentError, suggestion
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][\w.\-]*$")]
+_TARGET = f"^{targets.FORM}$"
+Target = Field(pattern=_TARGET, description="module:attribute, imported when first needed")
+When = Field(default_factory=dict, description="trait: value, [values], any, {min, max, multiple_of}, {not: ...}; "
+                                               "relations: [expressions]; python: [module:function]")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class ImplementationEntry(_Strict):
+    """One kernel: where it is and what it serves."""
+
+    target: str = Target
+    summary: str = Field("", description="one line for people, shown by `list`")
+    when: dict[str, Any] = When
+    rank: int = Field(0, description="higher goes first among implementations of which none is provably narrower")
+    fallback: bool = Field(False, description="goes after every implementation that is not a fallback")
+    numerics: Optional[str] = Field(
+        None, description="implementations of one op with the same tag agree bit for bit; "
+                          "batch-invariant plans need it")
+
+
+class OpEntry(_Strict):
+    """One op: its contract and its implementations."""
+
+    contract: Optional[str] = Field(None, pattern=_TARGET,
+                                    description="module:Class, a kernel_registry.contract.Contract; given once per op")
+    implementations: dict[Name, ImplementationEntry] = Field(default_factory=dict)
+
+
+class RegistryFile(_Strict):
+    """registry.yaml: the single truth of what exists."""
+
+    version: Literal[1]
+    ops: dict[Name, OpEntry]
+
+
+class OverrideEntry(_Strict):
+    """One line of an override file: exactly one of use (strict), prefer (soft) and disable."""
+
+    op: str
+    use: Optional[str] = Field(None, description="this implementation; a call that it can't serve raises")
+    prefer: Optional[str] = Field(None, description="this implementation where it can serve, else as without the line")
+    disable: Optional[str] = Field(None, description="never this implementation")
+    when: dict[str, Any] = When
+    model: Optional[str] = Field(None, description="only inside registry.model(NAME): target, draft, vision, ...")
+    reason: str = Field("", description="shown by explain: who decided this and why")
+
+
+class OverrideFile(_Strict):
+    """An override file: changes choices without code; names only what is registered."""
+
+    version: Literal[1]
+    overrides: list[OverrideEntry] = Field(default_factory=list)
+    ops: dict[Name, OpEntry] = Field(default_factory=dict, description="new implementations; needs allow_targets=True")
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def validate(model: type[_Model], document: Document) -> _Model:
+    """`document` as a `model`, or a DocumentError that names the first wrong line and counts the rest."""
+    data = document.data
+    if not isinstance(data, dict):
+        raise DocumentError(f"expected a mapping that starts with `version: 1`, got {type(data).__name__}",
+                            where=document.where())
+    version = data.get("version", 1)
+    if type(version) is not int or version != 1:  # first: another version may have other keys; and 1.0 == 1 == True
+        raise DocumentError(f"unknown version {version!r}", where=document.where(("version",)),
+                            hint="this release reads `version: 1`")
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+    # A misspelt key explains a missing one: it goes first.
+    first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")
+    path = tuple(part for part in first["loc"])
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    place = ".".join(map(str, path)) or "the file"
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(model, path[:-1])
+        raise DocumentError(f"unknown key {path[-1]!r}{more}", where=document.where(path),
+                            hint=suggestion(path[-1], known))
+    if first["type"] == "missing":
+        raise DocumentError(f"{place} is missing{more}", where=document.where(path[:-1]), hint=f"add `{path[-1]}: ...`")
+    raise DocumentError(f"{place}: {first['msg']}, got {first['input']!r:.60}{more}", where=document.where(path))
+
+
+def _fields_at(model: type[BaseModel], path: tuple) -> list[str]:
+    """The keys allowed at `path` below `model`: follows dict and list entries by their value type."""
+    for part in path:
+        if model is OverrideFile and part == "overrides":
+            model = OverrideEntry
+        elif part == "ops":
+            model = OpEntry
+        elif part == "implementations":
+            model = ImplementationEntry
+    return list(model.model_fields)
+
+
+def json_schema(kind: Literal["registry", "overrides"] = "registry") -> dict:
+    """JSON Schema of a registry or override file, for editors."""
+    model = RegistryFile if kind == "registry" else OverrideFile
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **model.model_json_schema()}
