@@ -12,7 +12,8 @@ The first words of a fence say what is done with a block; a document's blocks sh
                                          command that fails ends in `# exits N`
     console figures                      the same, but any number agrees with any other: timings
 
-A line `...` of output stands for any lines. Everything else is not executed. A document with the line
+A line `...` of output stands for any lines. A table's rule agrees with a longer or shorter one: it is drawn under whole
+paths, which are shown without the checkout's folder. Everything else is not executed. A document with the line
 `<!-- in a checkout -->` runs in a copy of the repository. No GPU is used, so that the platform is cpu everywhere.
 """
 
@@ -68,6 +69,7 @@ class Runner:
 
 def agrees(shown: str, real: str, figures: bool = False) -> bool:
     """Whether `shown`, in which a line `...` stands for any lines, is the output `real`. `figures`: but for numbers."""
+    shown, real = (re.sub("─+", "─", text) for text in (shown, real))
     if figures:
         shown, real = (re.sub(r"[ ─]+", " ", _NUMBER.sub("1", text)) for text in (shown, real))
     lines = [re.escape(line.rstrip()) + "\n" if line.strip() != "..." else r"(?:.*\n)*?" for line in shown.splitlines()]

@@ -58,6 +58,10 @@ def test_a_wrong_output_is_seen(tmp_path):
     assert blocks.run_document(page) == page.read_text()
     page.write_text(page.read_text().replace("...\n3", "...\n4"))
     assert blocks.run_document(page) != page.read_text()
+    page.write_text("```console\n$ echo ' a ─────'\n a ──\n```\n")  # a rule under a path, in another checkout
+    assert blocks.run_document(page) == page.read_text()
+    page.write_text("```console\n$ echo ' a b'\n a ──\n```\n")
+    assert blocks.run_document(page) != page.read_text()
     page.write_text("```console\n$ echo took 3.25 us\ntook 17 us\n```\n")
     assert "took 3.25 us" in blocks.run_document(page)
     page.write_text(page.read_text().replace("console", "console figures"))
