@@ -7,8 +7,8 @@ candidate for all of its failures instead of the first.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from typing import Sequence
+from dataclasses import dataclass, field
+from typing import Mapping, Sequence
 
 from .catalog import Implementation, Op
 from .contract import Request
@@ -19,12 +19,14 @@ from .selection import REFUSALS, Considered, decide, table
 
 @dataclass(frozen=True)
 class Candidate:
-    """One implementation's part in the story: `failures` are all the reasons, `denied` the rule that disables it."""
+    """One implementation's part in the story: `failures` are all the reasons, `denied` the rule that disables it,
+    `options` what its target is given beside the traits."""
 
     name: str
     where: str
     failures: tuple[str, ...]
     denied: str = ""
+    options: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def serves(self) -> bool:
@@ -66,12 +68,12 @@ class Explanation:
         return None if None in names else "|".join(dict.fromkeys(names))
 
     def json(self) -> str:
-        """Canonical JSON of everything in the text."""
+        """Canonical JSON of everything in the text, and of the options."""
         cases = [{
             "conditions": list(case.conditions), "winner": case.winner, "decided_by": case.decided_by,
             "error": case.error,
             "candidates": [{"name": c.name, "where": c.where, "serves": c.serves, "failures": list(c.failures),
-                            "denied": c.denied} for c in case.candidates],
+                            "denied": c.denied, "options": c.options} for c in case.candidates],
             "near_misses": [c.name for c in case.near_misses],
             "overrides": [{"rule": str(rule), "where": rule.where, "layer": rule.layer, "outcome": outcome}
                           for rule, outcome in case.rules]} for case in self.cases]
@@ -118,7 +120,7 @@ def _candidate(implementation: Implementation, traits: dict[str, object], denied
         failures = tuple(str(failure) for failure in implementation.box.failures(traits))
     except RegistryError as error:  # a Python check that can't be asked, of one that the decision did not need to ask
         failures = (error.message,)
-    return Candidate(implementation.name, implementation.where, failures, denied)
+    return Candidate(implementation.name, implementation.where, failures, denied, implementation.options)
 
 
 def _case_lines(case: Case) -> list[str]:

@@ -27,6 +27,16 @@ def test_list_shows_every_implementation_in_order_and_the_traits_of_an_op(run, o
     assert "per_group int performance (derived) = size // groups" in one
 
 
+def test_list_shows_the_options_of_those_that_have_any(run, op):
+    plain = run("list", "fake.double", "--registry", op.file).output
+    op.file.write_text(op.file.read_text().replace("summary: the quick one", "summary: the quick one, "
+                                                   "options: {rows: 2, early: true, launch: late}"))
+    told = run("list", "fake.double", "--registry", op.file).output
+    assert "the quick one (rows=2, early=true, launch=late)" in words(told)
+    rest = told.replace(" (rows=2, early=true, launch=late)", "")
+    assert words(rest.replace("─", "")) == words(plain.replace("─", ""))
+
+
 # ---- explain ---------------------------------------------------------------------------------------------------------
 
 def test_explain_says_who_and_why(run, op):

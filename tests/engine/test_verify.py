@@ -45,6 +45,15 @@ def test_a_wrong_kernel_fails(op):
     assert any("off by 0.001" in r.detail for r in report.failures)
 
 
+def test_one_target_with_two_options_is_two_implementations(op):
+    op.extend("kernels", "\n\ndef off(*, by=1.0):\n    return lambda rows, factor=2.0: [[x * factor + by for x in row] "
+                         "for row in rows]\n")
+    entry = "{}: target: PACKAGE.kernels:off, options: {{by: {}}}, numerics: same, when: {{platform: any}}, rank: {}\n"
+    report = check(op, entry.format("right", 0.0, 0) + entry.format("wrong", 0.001, 1))
+    assert {(r.implementation, r.where) for r in report.failures} >= {("wrong", "inside"), ("right", "numerics")}
+    assert not outcomes(report, "right")["inside", "failed"] and outcomes(report, "right")["inside", "passed"]
+
+
 @pytest.mark.parametrize("kernel, said", [("wrong_above_64", "off by 1"), ("raises_above_64", "memory exhausted")])
 def test_a_kernel_declared_wider_than_it_serves_is_caught_at_the_edge(op, kernel, said):
     report = check(op, f"wide: target: PACKAGE.kernels:{kernel}, when: {{platform: any, size: {{max: 65}}}}")

@@ -1,4 +1,4 @@
-"""Float64 numbers for the judge of moe.topk: scores, ranks, how far float32 may be off, and what is equal everywhere."""
+"""Float64 numbers for the judge of moe.topk: scores, ranks, how far float32 may be off, what is equal everywhere."""
 
 from __future__ import annotations
 
