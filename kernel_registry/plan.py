@@ -262,5 +262,6 @@ def _title(call: dict) -> str:
 
 
 def _choices(call: dict) -> str:
-    rows = [(row["implementation"], row["when"], row["decided_by"]) for row in call["table"]]
-    return " | ".join(f"{name}{f' {when}' if when else ''} ({by})" for name, when, by in rows)
+    rows = [(row["implementation"], json.dumps(row["when"]).replace('"', ""), row["decided_by"])
+            for row in call["table"]]
+    return " | ".join(f"{name}{f' when {when}' if when != '{}' else ''} ({by})" for name, when, by in rows)

@@ -131,3 +131,9 @@ def inputs(traits, num_tokens: int, *, seed: int = 0, device="cpu", flavour: str
     if not traits.get("has_bias", True):
         return (logits, None), kwargs
     return (logits, bias.to(getattr(torch, traits.get("bias_dtype", "float32"))).to(device)), kwargs
+
+
+def prefix(args, kwargs, outputs, count: int):
+    """The call of the first `count` rows alone, as (args, kwargs, outputs): rows never mix, so these are its outputs."""
+    logits, bias = args
+    return (logits[:count], bias), kwargs, tuple(output[:count] for output in outputs)

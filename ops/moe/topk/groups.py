@@ -67,7 +67,7 @@ def margin(offset):
     """How many units of fixed point two groups' scores must differ by to stand in the right order, int32: the numbers
     are rounded, and so is the exact score, a float32 sum, whose last place is worth the more units the further the
     window is from 0."""
-    return (12.0 + 2.0 * tl.minimum(tl.abs(offset), 8388608.0)).to(tl.int32)
+    return (16.0 + 4.0 * tl.minimum(tl.abs(offset), 8388608.0)).to(tl.int32)
 
 
 @triton.jit

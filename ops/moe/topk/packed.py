@@ -17,6 +17,8 @@ So every result is what the exact way gives, bit for bit.
 
 from __future__ import annotations
 
+from math import comb
+
 import triton
 import triton.language as tl
 
@@ -33,53 +35,53 @@ def id_bits(num_experts):
 
 
 @triton.constexpr_function
-def window_width(scoring):
-    """How wide the window is, a power of two: scores from 0 to 1 for sigmoid and as much below, for differences of the
-    bias; logits to 16 below the row's largest for softmax."""
-    return {"sigmoid": 2.0, "sqrtsoftplus": 8.0, "softmax": 16.0}[scoring]
-
-
-@triton.constexpr_function
 def window_reach(scoring):
     """How far the window reaches above the largest bias, or for softmax above the row's largest logit."""
     return {"sigmoid": 1.0, "sqrtsoftplus": 7.0, "softmax": 0.0}[scoring]
 
 
-@triton.jit
-def window(top, SCORING: tl.constexpr):
-    """The window as what to add to choice / width, such that its top comes to 1: [rows, 1], from [rows, 1]."""
-    return 1.0 - (top + window_reach(SCORING)) / window_width(SCORING)
+@triton.constexpr_function
+def widest_window(scoring):
+    """What is further below the top of the window than this is left to the exact way: it is wide, not often needed."""
+    return {"sigmoid": 8.0, "sqrtsoftplus": 16.0, "softmax": 16.0}[scoring]
 
 
 @triton.jit
 def bias_window(biases, SCORING: tl.constexpr):
-    """The window for every row, [1, 1], from the bias as load_bias gives it."""
-    top = tl.full([1, LANES], 0.0 if len(biases) == 0 else float("-inf"), tl.float32)
+    """The window for every row, [1, 1] each: its bottom comes to 0 and its top to 1 as choice * scale + offset.
+
+    Its bottom is the least of the lanes' largest biases: as many experts as there are lanes are above it whatever their
+    scores, so it holds all that can be chosen, and no more than it must, for width costs digits."""
+    high = tl.full([1, LANES], 0.0 if len(biases) == 0 else float("-inf"), tl.float32)
     for i in tl.static_range(len(biases)):
-        top = tl.maximum(top, tl.max(biases[i], axis=2))
-    return window(exact.key_value(tl.max(exact.ordered_key(top), axis=1)[:, None]), SCORING)
+        high = tl.maximum(high, tl.max(biases[i], axis=2))
+    key = exact.ordered_key(high)
+    top = exact.key_value(tl.max(key, axis=1)[:, None]) + window_reach(SCORING)
+    bottom = tl.maximum(exact.key_value(tl.min(key, axis=1)[:, None]), top - widest_window(SCORING))
+    scale = 1.0 / (top - bottom)
+    return scale, -bottom * scale
 
 
 @triton.jit
 def row_window(choices, SCORING: tl.constexpr):
-    """The window for each row from its largest choice, [ROWS, 1]; if there is a NaN, one that holds nothing."""
+    """The window for each row from its largest choice, [ROWS, 1] each; if there is a NaN, one that holds nothing."""
     top = choices[0]
     for i in tl.static_range(1, len(choices)):
         top = tl.maximum(top, choices[i], propagate_nan=tl.PropagateNan.ALL)
     key = tl.where(top == top, exact.ordered_key(top), exact.INF_KEY)
-    return window(exact.key_value(tl.max(key, axis=1)[:, None]), SCORING)
+    top = exact.key_value(tl.max(key, axis=1)[:, None])
+    scale = tl.full(top.shape, 1.0 / widest_window(SCORING), tl.float32)
+    return scale, (widest_window(SCORING) - top) * scale
 
 
 @triton.jit
-def fixed_point(choice, offset, SCORING: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr):
+def fixed_point(choice, scale, offset, BITS: tl.constexpr, PTX: tl.constexpr):
     """int32 [ROWS, 32] whose upper bits order the choices and whose BITS lowest are 0; NaN as if below the window."""
-    SCALE: tl.constexpr = 1.0 / window_width(SCORING)
     if PTX:  # the clamping comes with the multiplication
-        inside = tl.inline_asm_elementwise("fma.rn.sat.f32 $0, $1, $2, $3;", "=f,f,f,f",
-                                           [choice, tl.full([1, 1], SCALE, tl.float32), offset], dtype=tl.float32,
-                                           is_pure=True, pack=1)
+        inside = tl.inline_asm_elementwise("fma.rn.sat.f32 $0, $1, $2, $3;", "=f,f,f,f", [choice, scale, offset],
+                                           dtype=tl.float32, is_pure=True, pack=1)
     else:
-        inside = tl.minimum(tl.maximum(choice * SCALE + offset, 0.0), 1.0)
+        inside = tl.minimum(tl.maximum(choice * scale + offset, 0.0), 1.0)
     # A power of two added leaves a number below 1 in the low bits of the sum, as many as have room above the id.
     POWER: tl.constexpr = 1 << (BITS - 8)
     BELOW_ONE: tl.constexpr = 1.0 - POWER / 4194304
@@ -98,13 +100,13 @@ def exchange(entries, A: tl.constexpr, B: tl.constexpr, HIGH: tl.constexpr, LOW:
 
 
 @triton.jit
-def lane_lists(choices, ids, offset, SCORING: tl.constexpr, BITS: tl.constexpr, DEPTH: tl.constexpr,
-               ROWS: tl.constexpr, PTX: tl.constexpr):
+def lane_lists(choices, ids, scale, offset, BITS: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr,
+               PTX: tl.constexpr):
     """The DEPTH best of each lane, packed, best first, and the best that did not fit: tuple of, and one, [ROWS, 32]."""
     MASK: tl.constexpr = (1 << BITS) - 1
     lists = ()
     for i in tl.static_range(len(choices)):  # the lower the id, the larger; NO_ID, no larger than any
-        lists = lists + (fixed_point(choices[i], offset, SCORING, BITS, PTX) + (~ids[i] & MASK),)
+        lists = lists + (fixed_point(choices[i], scale, offset, BITS, PTX) + (~ids[i] & MASK),)
     steps: tl.constexpr = networks.best_of_network(len(choices), min(len(choices), DEPTH + 1))
     for s in tl.static_range(len(steps)):
         lists = exchange(lists, steps[s][0], steps[s][1], steps[s][2], steps[s][3])
@@ -132,7 +134,7 @@ def below_window(BITS: tl.constexpr):
 @triton.jit
 def above_window(BITS: tl.constexpr):
     """The smallest packed choice, int32, that stands for one at or above the top of the window."""
-    return fixed_point(tl.full([1, 1], float("inf"), tl.float32), 0.0, "sigmoid", BITS, False)
+    return fixed_point(tl.full([1, 1], 1.0, tl.float32), 1.0, 0.0, BITS, False)
 
 
 @triton.jit
@@ -180,12 +182,10 @@ def repair(ids, tied, keys):
     return tl.where(swap, other_id, ids), tied & tied_before
 
 
-def list_depth(routed: int, lanes: int, longest: int) -> int:
+def list_depth(routed: int, lanes: int, longest: int, least: int = 1) -> int:
     """How long a lane's list must be so that fewer than one row in a thousand has more of its best in one lane, when
-    they fall on `lanes` lanes at random; at most `longest`, the experts that a lane has."""
-    from math import comb
-
-    depth = 1
+    they fall on `lanes` lanes at random; at least `least`, at most `longest`, the experts that a lane has."""
+    depth = least
     while depth < longest and comb(routed, depth + 1) / lanes**depth > 1e-3:
         depth += 1
-    return depth
+    return min(depth, longest)

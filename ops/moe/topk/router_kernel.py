@@ -40,7 +40,7 @@ def segment_largest(x, SLOTS: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def choose_fast(logits, biases, offset, chosen, rows, valid, row_stride, column_stride, TILE: tl.constexpr,
+def choose_fast(logits, biases, scale, offset, chosen, rows, valid, row_stride, column_stride, TILE: tl.constexpr,
                 SCORING: tl.constexpr, GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, GROUP_LANES: tl.constexpr,
                 TOPK_GROUP: tl.constexpr, ROUTED: tl.constexpr, SLOTS: tl.constexpr, BITS: tl.constexpr,
                 DEPTH: tl.constexpr, ROWS: tl.constexpr, WIDEST: tl.constexpr, HAS_BIAS: tl.constexpr,
@@ -51,8 +51,8 @@ def choose_fast(logits, biases, offset, chosen, rows, valid, row_stride, column_
     choices, ids = lanes.load_choices(logits, biases, rows, live, row_stride, column_stride, SCORING, GROUPS,
                                       GROUP_SIZE, GROUP_LANES, ROWS, WIDEST, MASK_ROWS, PTX)
     if SCORING == "softmax":
-        offset = packed.row_window(choices, SCORING)
-    lists, rest = packed.lane_lists(choices, ids, offset, SCORING, BITS, DEPTH, ROWS, PTX)
+        scale, offset = packed.row_window(choices, SCORING)
+    lists, rest = packed.lane_lists(choices, ids, scale, offset, BITS, DEPTH, ROWS, PTX)
     doubt = tl.zeros([ROWS, LANES], tl.int1)
     if TOPK_GROUP < GROUPS:
         keep, doubt = groups.keep_fast(lists, offset, SCORING, GROUPS, TOPK_GROUP, GROUP_LANES, ROWS, HAS_BIAS, BITS)
@@ -123,11 +123,11 @@ def router_kernel(
     if num_valid is not None:
         valid = tl.maximum(tl.minimum(tl.load(num_valid), num_tokens), 0).to(tl.int32)
     biases = lanes.load_bias(bias, GROUPS, GROUP_SIZE, GROUP_LANES, WIDEST)
-    offset = packed.bias_window(biases, SCORING)
+    scale, offset = packed.bias_window(biases, SCORING)
     chosen = tl.zeros([ROWS, LANES], tl.int32)
     doubts = tl.zeros([ROWS, LANES], tl.int32)  # a bit a tile
     for tile in tl.static_range(TILES):
-        chosen, doubt = choose_fast(logits, biases, offset, chosen, first + tile, valid, row_stride,
+        chosen, doubt = choose_fast(logits, biases, scale, offset, chosen, first + tile, valid, row_stride,
                                     column_stride, tile, SCORING, GROUPS, GROUP_SIZE, GROUP_LANES, TOPK_GROUP, ROUTED,
                                     SLOTS, BITS, DEPTH, ROWS, WIDEST, HAS_BIAS, MASK_ROWS, PTX)
         doubts = doubts | tl.where(doubt, 1 << tile, 0)
@@ -137,17 +137,18 @@ def router_kernel(
     tile_of_lane = lane // SLOTS
     rows = first[:, None] + tile_of_lane
     live = rows < valid
-    routed = (slot < ROUTED) & (tile_of_lane < TILES) & live
+    routed = (slot < ROUTED)
     place = logits + rows * row_stride
     tied = packed.neighbours(chosen, ROUTED, SLOTS, BITS) & routed.to(tl.int32)
     chosen = ~chosen & ((1 << BITS) - 1)
     void = tl.zeros([ROWS, LANES], tl.int1)  # rows whose scores are all NaN
     doubts = tl.reduce(doubts | (tied << TILES), 1, either)[:, None]
     if tl.max(doubts, axis=0).reshape([]) != 0:
-        x = tl.load(place + chosen.to(tl.int64) * column_stride, mask=routed, other=0.0).to(tl.float32)
+        found = routed & (chosen < NUM_EXPERTS)  # lists that ran out are no experts
+        x = tl.load(place + chosen.to(tl.int64) * column_stride, mask=found, other=0.0).to(tl.float32)
         choice = scores.order(x, SCORING, PTX)
         if HAS_BIAS:
-            choice = choice + tl.load(bias + chosen, mask=routed, other=0.0).to(tl.float32)
+            choice = choice + tl.load(bias + chosen, mask=found, other=0.0).to(tl.float32)
         chosen, between = packed.repair(chosen, tied, exact.ordered_key(choice))
         doubts = doubts | tl.reduce(between << tile_of_lane, 1, either)[:, None]
         for which in range(TILES):
@@ -179,7 +180,7 @@ def router_kernel(
         weight = tl.where(slot < ROUTED, weight, shared_expert_weight)
         chosen = tl.where(slot < ROUTED, chosen, NUM_EXPERTS + slot - ROUTED)
     if expert_map is not None:
-        mapped = slot < (TOPK if MAP_SHARED else ROUTED)
+        mapped = (slot < (TOPK if MAP_SHARED else ROUTED)) & (tile_of_lane < TILES) & live
         chosen = tl.where(mapped, tl.load(expert_map + chosen, mask=mapped, other=0).to(tl.int32), chosen)
     if MASK_ROWS:
         weight = tl.where(live, weight, 0.0)

@@ -51,7 +51,8 @@ def topk(*, num_experts, topk, num_expert_group=1, topk_group=1, num_fused_share
         NUM_SHARED=num_fused_shared_experts, RENORMALIZE=bool(renormalize), WIDEST=16 // getattr(torch, dtype).itemsize,
         GROUP_LANES=group_lanes, SLOTS=slots, TILES=rows_per_program, ROWS=tile_rows, DEPENDENT=dependent,
         DEPTH=list_depth(topk - num_fused_shared_experts, group_lanes * topk_group,
-                         -(-num_experts // (num_expert_group * group_lanes))),
+                         -(-num_experts // (num_expert_group * group_lanes)),
+                         2 if has_bias and topk_group < num_expert_group else 1),  # a group's score is the sum of two
         PTX=torch.version.cuda is not None and not INTERPRETED)
     options = dict(num_warps=1, num_stages=1)
     if dependent:
