@@ -292,8 +292,8 @@ def test_explain_tells_apart_the_ranges_that_nothing_serves(toy):
 
 RANGES = {
     "many": {"when": {"num_tokens": {"min": 1024}, "scoring": "any"}, "rank": 3},
-    "softmax": {"when": {"scoring": "softmax", "num_tokens": {"min": 64}}, "rank": 2},
-    "far": {"when": {"scoring": "softmax", "size": {"min": 16}}, "rank": 1},
+    "far": {"when": {"scoring": "softmax", "size": {"min": 16}, "num_tokens": {"max": 2048}}, "rank": 2},
+    "softmax": {"when": {"scoring": "softmax"}, "rank": 1},
     "base": {"when": {"scoring": "any"}, "rank": 0},
     "dense": {"when": {"contiguous": True, "has_bias": "any"}, "rank": -1},
     "vast": {"when": {"num_tokens": {"min": 9000}, "has_bias": "any"}, "rank": -2},
@@ -318,8 +318,8 @@ def test_explain_tells_once_what_serves_in_no_range(toy):
     softmax, size = "scoring is sigmoid, serves softmax", "size is 8, serves >= 16"
     assert explanation.in_no_range == {"softmax": (softmax,), "far": (softmax, size)}
     head, *ranges = explanation.text().split("  when ")
-    assert head.splitlines()[1:] == ["  in no range:", f"   ~ softmax  one predicate away: {softmax}",
-                                     f"   x far      {softmax}; {size}"]
+    assert head.splitlines()[1:] == ["  in no range:", f"   x far      {softmax}; {size}",
+                                     f"   ~ softmax  one predicate away: {softmax}"]
     assert len(ranges) == 2 and not any("softmax" in text or "far " in text for text in ranges)
     data = json.loads(explanation.json())
     assert [len(case["candidates"]) for case in data["cases"]] == [6, 6] and data["in_no_range"]["softmax"] == [softmax]
@@ -331,7 +331,7 @@ def test_explain_tells_once_what_an_override_takes_from_every_range(toy):
     registry = toy.registry(RANGES)
     registry.load_overrides(toy.overrides({"disable": "base", "reason": "incident 12"}))
     explanation = registry.explain(toy.OP, size=8, contiguous=True)
-    assert list(explanation.in_no_range) == ["softmax", "far", "base"] and len(explanation.cases) == 2
+    assert list(explanation.in_no_range) == ["far", "softmax", "base"] and len(explanation.cases) == 2
     assert explanation.text().count("   ~ base     one predicate away: disable base") == 1
 
 

@@ -14,8 +14,9 @@ from kernel_registry.ops.moe.topk import cases
 SOFT = dict(scoring="softmax", has_bias=False)
 FAMILIES = [
     routing(48, 7, 4, 2, shared=1), routing(128, 8, 8, 4), routing(24, 1, 4, 2), routing(72, 6),
-    routing(40, 2, shared=1), routing(24, 16), routing(48, 3, 4, 2, scoring="sqrtsoftplus"), routing(48, 6, scoring="sqrtsoftplus"),
-    routing(128, 4, **SOFT), routing(40, 7, 4, 2, shared=1, renormalize=False, **SOFT), routing(33, 1, has_bias=False),
+    routing(40, 2, shared=1), routing(24, 16), routing(48, 3, 4, 2, scoring="sqrtsoftplus"),
+    routing(48, 6, scoring="sqrtsoftplus"), routing(128, 4, **SOFT),
+    routing(40, 7, 4, 2, shared=1, renormalize=False, **SOFT), routing(33, 1, has_bias=False),
 ]
 PLAIN = ("ties", "underflow", "large", "nonfinite", "signed_zero", "tiny_scores", "random")
 

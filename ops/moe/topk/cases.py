@@ -134,6 +134,6 @@ def inputs(traits, num_tokens: int, *, seed: int = 0, device="cpu", flavour: str
 
 
 def prefix(args, kwargs, outputs, count: int):
-    """The call of the first `count` rows alone, as (args, kwargs, outputs): rows never mix, so these are its outputs."""
+    """The call of the first `count` rows alone, (args, kwargs, outputs): rows never mix, so these are its outputs."""
     logits, bias = args
     return (logits[:count], bias), kwargs, tuple(output[:count] for output in outputs)

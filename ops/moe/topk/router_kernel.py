@@ -137,7 +137,7 @@ def router_kernel(
     tile_of_lane = lane // SLOTS
     rows = first[:, None] + tile_of_lane
     live = rows < valid
-    routed = (slot < ROUTED)
+    routed = (slot < ROUTED) & (tile_of_lane < TILES) & live
     place = logits + rows * row_stride
     tied = packed.neighbours(chosen, ROUTED, SLOTS, BITS) & routed.to(tl.int32)
     chosen = ~chosen & ((1 << BITS) - 1)
