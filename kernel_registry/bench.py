@@ -12,10 +12,10 @@ import json
 import statistics
 import time
 from dataclasses import asdict, dataclass
-from typing import Callable, Iterable, Mapping, Sequence
+from typing import Callable, Container, Iterable, Mapping, Sequence
 
 from .catalog import Implementation, Op
-from .errors import RegistryError
+from .errors import RegistryError, UnknownNameError, suggestion
 from .harness import Harness, call_traits, device_of, harness, home, told
 from .registry import Registry
 from .traits.platform import Platform
@@ -47,17 +47,21 @@ def bench(registry: Registry, *, ops: Iterable[str] = (), implementations: Itera
           workloads: Iterable[str] = (), tokens: Sequence[int] = (), seconds: float = 0.3,
           progress: Callable[[BenchRow], None] | None = None) -> list[BenchRow]:
     """Times the named ops, implementations and workloads (all when none is named). `seconds` bounds the measuring of
-    one implementation on one workload and token count. The reference and the chosen one are always among them."""
+    one implementation on one workload and token count. The reference and the chosen one are always among them; a named
+    one that does not serve the call here is a row that says why. Raises UnknownNameError for an unknown name."""
     here = registry.platform()
-    wanted = set(workloads)
+    wanted, named = set(workloads), set(implementations)
+    selected = [(op, chosen, harness(op)) for op, chosen in select(registry, ops, named)]
+    known = {name for _, _, tools in selected for name in tools.workloads}
+    for name in sorted(wanted - known):
+        raise UnknownNameError(f"no workload {name!r}", hint=suggestion(name, known))
     rows: list[BenchRow] = []
-    for op, chosen in select(registry, ops, implementations):
-        tools = harness(op)
+    for op, chosen, tools in selected:
         for name, traits in tools.workloads.items():
             if wanted and name not in wanted:
                 continue
             for count in tokens or TOKENS[here.kind]:
-                found = _Bench(registry, op, tools, here, seconds).rows(name, traits, count, chosen)
+                found = _Bench(registry, op, tools, here, seconds).rows(name, traits, count, chosen, named)
                 rows += found
                 for row in found if progress else ():
                     progress(row)
@@ -74,7 +78,7 @@ class _Bench:
         self.registry, self.op, self.tools, self.here, self.seconds = registry, op, tools, here, seconds
 
     def rows(self, workload: str, traits: Mapping[str, object], tokens: int,
-             chosen: Sequence[Implementation]) -> list[BenchRow]:
+             chosen: Sequence[Implementation], named: Container[str]) -> list[BenchRow]:
         op = self.op
         given = call_traits(op, traits, tokens)
         try:
@@ -100,6 +104,9 @@ class _Bench:
                 op.name, workload, tokens, name, name == winner, taken,
                 taken / times[reference] if taken and reference in times else None,
                 taken / best if taken and name == winner else None, method.get(name, ""), errors.get(name, "")))
+        for implementation in (i for i in chosen if i.name in named and i not in able):
+            why = "; ".join(map(str, implementation.box.failures(request.traits)))
+            rows.append(BenchRow(op.name, workload, tokens, implementation.name, False, None, None, None, "", why))
         return rows
 
     def _call(self, implementation: Implementation, given, request, tokens: int) -> list[Callable[[], object]]:

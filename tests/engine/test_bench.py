@@ -6,6 +6,7 @@ import pytest
 
 from kernel_registry import Registry
 from kernel_registry.bench import bench, to_json
+from kernel_registry.errors import UnknownNameError
 from tests.fake_op import FakeOp
 
 IMPLEMENTATIONS = """
@@ -58,6 +59,20 @@ def test_a_kernel_that_raises_is_a_row_and_the_rest_is_timed(op):
     rows = {r.implementation: r for r in bench(registry, tokens=[1], seconds=0.01)}
     assert "shared memory exhausted" in rows["slow"].error and rows["slow"].microseconds is None
     assert rows["quick"].microseconds > 0
+
+
+@pytest.mark.parametrize("wrong, said", [(dict(workloads=["tiny", "tinny"]), "did you mean 'tiny'"),
+                                         (dict(implementations=["quik"]), "did you mean 'quick'"),
+                                         (dict(ops=["fake.dooble"]), "did you mean 'fake.double'")])
+def test_an_unknown_name_is_refused(op, wrong, said):
+    with pytest.raises(UnknownNameError, match=said):
+        bench(open_registry(op), tokens=[1], seconds=0.01, **wrong)
+
+
+def test_a_named_one_that_does_not_serve_the_call_here_says_why(op):
+    rows = bench(open_registry(op), implementations=["gpu"], workloads=["tiny"], tokens=[1], seconds=0.01)
+    gpu, = [r for r in rows if r.implementation == "gpu"]
+    assert len(rows) == 3 and gpu.microseconds is None and gpu.error == "platform is cpu, serves sm_90"
 
 
 def test_a_workload_that_nothing_serves_is_told(op):

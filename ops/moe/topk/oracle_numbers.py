@@ -1,4 +1,4 @@
-"""Float64 numbers for the judge of moe.topk: scores, ranks, how far float32 may be off, and what is equal everywhere."""
+"""Float64 numbers for the judge of moe.topk: scores, ranks, how far float32 may be off, what is equal everywhere."""
 
 from __future__ import annotations
 
@@ -42,9 +42,10 @@ def gap(better: np.ndarray, worse: np.ndarray) -> np.ndarray:
 def errors(choice, score, logits, scoring) -> np.ndarray:
     """[T, E] how far float32 may be from each choice."""
     with np.errstate(invalid="ignore", over="ignore"):
-        size = np.abs(choice)
+        size = np.maximum(np.abs(choice), score)  # a bias that cancels the score leaves the score's rounding
         depth = np.abs(logits - logits.max(1, keepdims=True)) if scoring == "softmax" else np.abs(logits)
-        fine = EPS * (2 * size + (4 + depth) * score) + (2.0**-63 if scoring == "sqrtsoftplus" else TINY)
+        relative = np.where(score == 0, 0.0, (4 + depth) * score)  # of a logit of -inf: 0, not inf * 0
+        fine = EPS * (2 * size + relative) + (2.0**-63 if scoring == "sqrtsoftplus" else TINY)
         return np.where(np.isfinite(choice), np.minimum(2 * EPS * np.maximum(1.0, size), fine), 0.0)
 
 
