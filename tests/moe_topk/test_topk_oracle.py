@@ -110,17 +110,6 @@ def test_a_logit_of_minus_infinity_leaves_the_tie_near():
         assert oracle.check(traits, (logits, bias), {}, outputs).passed == fine
 
 
-def test_a_score_above_one_keeps_its_rounding_when_the_bias_cancels_it():
-    """Two scores of 6.4, one unit of the logits apart, are one float32; a bias of -7 brings the choices below 1."""
-    traits = routing(8, 1, scoring="sqrtsoftplus")
-    first = np.float32(40.96)
-    logits, bias = torch.zeros(1, 8), torch.full((8,), -7.0)
-    logits[0, :2] = torch.tensor([first, np.nextafter(first, np.float32(50))])
-    for chosen, fine in ((0, True), (1, True), (2, False)):
-        outputs = torch.ones(1, 1), torch.tensor([[chosen]], dtype=torch.int32)
-        assert oracle.check(traits, (logits, bias), {}, outputs).passed == fine
-
-
 def test_several_logical_experts_at_one_physical_id():
     traits = routing(16, 3)
     args, kwargs = cases.inputs(traits, 20)

@@ -42,7 +42,7 @@ def gap(better: np.ndarray, worse: np.ndarray) -> np.ndarray:
 def errors(choice, score, logits, scoring) -> np.ndarray:
     """[T, E] how far float32 may be from each choice."""
     with np.errstate(invalid="ignore", over="ignore"):
-        size = np.maximum(np.abs(choice), score)  # a bias that cancels the score leaves the score's rounding
+        size = np.abs(choice)
         depth = np.abs(logits - logits.max(1, keepdims=True)) if scoring == "softmax" else np.abs(logits)
         relative = np.where(score == 0, 0.0, (4 + depth) * score)  # of a logit of -inf: 0, not inf * 0
         fine = EPS * (2 * size + relative) + (2.0**-63 if scoring == "sqrtsoftplus" else TINY)
