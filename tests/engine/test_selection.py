@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 import threading
+from contextlib import ExitStack, suppress
 from types import SimpleNamespace
 
 import pytest
@@ -223,7 +224,7 @@ def test_explain_and_dispatch_never_differ(shared_toy, implementations, asked, f
         return
     names = list(implementations)
     for lines in files:
-        try:
+        with suppress(RegistryError):  # refused as a whole, then nothing changed
             registry.load_overrides(
                 toy.overrides(
                     *(
@@ -232,21 +233,15 @@ def test_explain_and_dispatch_never_differ(shared_toy, implementations, asked, f
                     )
                 )
             )
-        except RegistryError:
-            pass  # refused as a whole, then nothing changed
-    from contextlib import ExitStack
-
     with ExitStack() as stack:
         for line in inside:
             name, when = names[line["name"] % len(names)], line.get("when", {})
-            try:
+            with suppress(RegistryError):
                 stack.enter_context(
                     registry.disable(toy.OP, name, **when)
                     if line["action"] == "disable"
                     else registry.override(toy.OP, name, prefer=line["action"] == "prefer", **when)
                 )
-            except RegistryError:
-                pass
         for traits in asked:
             if pin is not None:
                 traits = {**traits, "implementation": names[pin % len(names)]}

@@ -100,7 +100,7 @@ HOSTS = re.compile(r"pypi\.(?:org|python)|python[h]osted|download\.pytorch|(?:ex
 def test_the_patterns_find_what_they_look_for():
     slash = "/"
     assert MACHINE.search(f"see {slash}home{slash}me") and MACHINE.search(f"'{slash}work{slash}x'")
-    assert not MACHINE.search("docs/work/x") and not MACHINE.search("a/home/b")
+    assert not MACHINE.search(f"docs{slash}work{slash}x") and not MACHINE.search(f"a{slash}home{slash}b")
     assert all(map(HOSTS.search, ("pypi" + ".org", "files.python" + "hosted.org", "--index-url http" + "://x")))
 
 
