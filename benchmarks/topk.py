@@ -1,16 +1,20 @@
-"""moe.topk on one GPU: ours through the registry, beside the routing kernels people use today and a floor.
+"""moe.topk on one GPU: ours through the registry, beside the routing kernels people use today and three floors.
 
-    python benchmarks/topk.py [--peers DIR] [--tokens 1,16,...] [--configs dsv3,...] [--out FILE.json]
+    python benchmarks/topk.py --peers DIR --out FILE.json [--tokens 1,16,...] [--configs dsv3,...] [--dtypes float32]
+    python benchmarks/topk.py --variants ...    also every implementation of the registry that serves the call
+    python benchmarks/topk.py --host ...        the host time of one eager call of one token instead
 
-Prints, per shape, microseconds per call inside a CUDA graph (16 calls over rotating inputs, median of 15 replays), the
-ratio best-peer / ours, and how many rows' expert sets differ from a float64 result. `floor` is a kernel of one warp a
-token that reads the row, sums it and writes K weights and ids.
+Prints, per shape, microseconds per call inside a CUDA graph (16 calls over rotating inputs, median of 15 replays) of
+ours and the best peer, and the rows that anyone routes wrongly. FILE.json gets a line of JSON per row, appended, so
+that several runs make one set of data; benchmarks/plot_topk.py draws it and makes the tables of docs/benchmarks.md. DIR
+and the peers in it are described in benchmarks/topk_peers.py.
 
-DIR holds the peers, taken from their published wheels; one that is absent there is left out:
-    dsv3_fused_routing.so   FlashInfer 0.7.2.post1's fused_topk_deepseek, built from the wheel's sources (needs tvm_ffi)
-    sglang/                 the sglang.kernels package of SGLang 0.5.23
-    vllm_moe_C.so.xz        vllm/_moe_C_stable_libtorch.abi3.so of vLLM 0.33.0, compressed
-    tokenspeed_kernel/      ops/moe/triton/minimax_topk.py of tokenspeed-kernel 0.1.4 as minimax_topk.py
+    floor   a kernel of one warp a token that reads the row, sums it and writes K weights and ids
+    empty   a kernel of one warp that writes one number: what a launch costs
+    bytes   logits in, weights and ids out, at the bandwidth of a large copy on the device in the same run (computed)
+
+A row is wrong where an id repeats or is none, where an expert was left out whose choice in float64 is higher than a
+chosen one's by more than float32 can blur (ties are anyone's), or where a weight is 2% off float64's for the same ids.
 """
 
 from __future__ import annotations
@@ -19,110 +23,103 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
-import tempfile
+import time
 
 import torch
 import triton
 import triton.language as tl
+from plot_topk import best_peer, regret
+from topk_peers import brief, peers, scored, versions
 
 from kernel_registry import registry
 
+
+def _config(E, K, G=1, TG=1, scale=1.0, scoring="sigmoid", bias=True):
+    return dict(E=E, K=K, G=G, TG=TG, scale=scale, scoring=scoring, bias=bias)
+
+
 CONFIGS = {
-    "dsv3": dict(E=256, G=8, TG=4, K=8, scale=2.5),
-    "minimax_m2": dict(E=256, G=1, TG=1, K=8, scale=1.0),
-    "glm45": dict(E=160, G=1, TG=1, K=8, scale=2.5),
-    "kimi_k2": dict(E=384, G=1, TG=1, K=8, scale=2.827),
-    "kimi_k3": dict(E=896, G=1, TG=1, K=16, scale=2.827),
+    "dsv3": _config(256, 8, G=8, TG=4, scale=2.5),
+    "minimax_m2": _config(256, 8),
+    "glm45": _config(160, 8, scale=2.5),
+    "kimi_k2": _config(384, 8, scale=2.827),
+    "kimi_k3": _config(896, 16, scale=2.827),
+    "qwen3_moe": _config(128, 8, scoring="softmax", bias=False),
+    "qwen3_next": _config(512, 10, scoring="softmax", bias=False),
+    "gpt_oss": _config(128, 4, scoring="softmax", bias=False),
+    "mixtral": _config(8, 2, scoring="softmax", bias=False),
+    "deepseek_v4": _config(256, 6, scale=1.5, scoring="sqrtsoftplus"),
 }
 
 
 @triton.jit
-def _floor_kernel(x, w, i, E: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr):
-    row, col, k = tl.program_id(0), tl.arange(0, BLOCK), tl.arange(0, K)
+def _floor_kernel(x, w, i, E: tl.constexpr, BLOCK: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    row, col, k = tl.program_id(0), tl.arange(0, BLOCK), tl.arange(0, BLOCK_K)
     total = tl.sum(tl.load(x + row * E + col, mask=col < E, other=0.0).to(tl.float32), 0)
-    tl.store(w + row * K + k, total + k)
-    tl.store(i + row * K + k, k)
+    tl.store(w + row * K + k, total + k, mask=k < K)
+    tl.store(i + row * K + k, k, mask=k < K)
 
 
-def floor(c):
-    def call(x, bias, w, i):
-        _floor_kernel[(x.shape[0],)](x, w, i, E=c["E"], BLOCK=triton.next_power_of_2(c["E"]), K=c["K"], num_warps=1)
+@triton.jit
+def _empty_kernel(i):
+    tl.store(i, 0)
+
+
+def floors(c):
+    block, block_k = triton.next_power_of_2(c["E"]), triton.next_power_of_2(c["K"])
+
+    def floor(x, bias, w, i):
+        _floor_kernel[(x.shape[0],)](x, w, i, E=c["E"], BLOCK=block, K=c["K"], BLOCK_K=block_k, num_warps=1)
         return w, i
-    return call
+
+    def empty(x, bias, w, i):
+        _empty_kernel[(1,)](i, num_warps=1)
+        return w, i
+    return {"floor": floor, "empty": empty}
 
 
-def peers(c, folder):
-    """name -> call(x, bias, w, i) for every peer that loads."""
-    found = {}
-    sys.path.insert(0, folder)
-
-    def attempt(name, build):
-        try:
-            found[name] = build()
-        except Exception as error:  # a peer that is absent here is a row that is absent
-            print(f"# {name} absent: {str(error)[:100]}")
-
-    def flashinfer(pdl):
-        import tvm_ffi
-        module = tvm_ffi.load_module(os.path.join(folder, "dsv3_fused_routing.so"))
-
-        def call(x, bias, w, i):
-            # Its contract: weights and bias in the dtype of the logits.
-            out = w if x.dtype == torch.float32 else w.to(x.dtype)
-            module.NoAuxTc(x, bias.to(x.dtype), c["G"], c["TG"], c["K"], c["scale"], out, i, pdl, None)
-            return out, i
-        return call
-
-    def sglang():
-        from sglang.kernels.ops.moe.moe_fused_gate import moe_fused_gate
-        return lambda x, bias, w, i: moe_fused_gate(
-            x, bias, c["K"], renormalize=True, routed_scaling_factor=c["scale"],
-            apply_routed_scaling_factor_on_output=True, num_expert_group=c["G"], topk_group=c["TG"])
-
-    def vllm():
-        library = os.path.join(tempfile.gettempdir(), "vllm_moe_C.so")
-        if not os.path.exists(library):
-            with open(library, "wb") as f:
-                subprocess.run(["xz", "-dc", os.path.join(folder, "vllm_moe_C.so.xz")], stdout=f, check=True)
-        torch.ops.load_library(library)
-        return lambda x, bias, w, i: torch.ops._moe_C.grouped_topk(
-            x, c["G"], c["TG"], c["K"], True, c["scale"], bias, 1)
-
-    def tokenspeed():
-        from tokenspeed_kernel.minimax_topk import minimax_biased_grouped_topk
-        if c["G"] != 1:
-            raise ValueError("serves one group only")
-        return lambda x, bias, w, i: minimax_biased_grouped_topk(
-            x, x, bias, topk=c["K"], renormalize=True, num_expert_group=1, topk_group=1,
-            routed_scaling_factor=c["scale"])
-
-    attempt("flashinfer", lambda: flashinfer(False))
-    attempt("flashinfer_pdl", lambda: flashinfer(True))
-    attempt("sglang", sglang)
-    attempt("vllm", vllm)
-    attempt("tokenspeed_minimax", tokenspeed)
-    return found
+def traits(c, dtype):
+    return dict(num_experts=c["E"], topk=c["K"], num_expert_group=c["G"], topk_group=c["TG"], scoring=c["scoring"],
+                has_bias=c["bias"], dtype=dtype)
 
 
-def ours(c, dtype):
-    kernel = registry.dispatch("moe.topk", num_experts=c["E"], num_expert_group=c["G"], topk_group=c["TG"], topk=c["K"],
-                               num_fused_shared_experts=0, dtype=dtype)
-
-    def call(x, bias, w, i):
-        return kernel(x, bias, routed_scaling_factor=c["scale"])
-    call.label = kernel.name
-    return call
+def ours(c, dtype, **which):
+    """The registry's kernel as a call; `which` names an implementation or dynamic traits."""
+    kernel = registry.dispatch("moe.topk", **which, **traits(c, dtype))
+    return lambda x, bias, w, i: kernel(x, bias, routed_scaling_factor=c["scale"])
 
 
-def float64_sets(x, bias, c):
-    choice = torch.sigmoid(x.double()) + bias.double()
-    if c["G"] > 1:
-        group = choice.view(len(x), c["G"], -1).topk(2, -1)[0].sum(-1)
-        keep = torch.zeros_like(group).scatter_(1, group.topk(c["TG"], -1)[1], 1).bool()
-        choice = choice.masked_fill(~keep.repeat_interleave(c["E"] // c["G"], 1), float("-inf"))
-    return choice.topk(c["K"], -1)[1].sort(-1)[0]
+def variants(c, dtype, tokens):
+    """(the name of what the registry chooses, name -> call of every implementation that serves these calls)."""
+    known = dict(num_tokens=tokens, contiguous=True)
+    story = registry.explain("moe.topk", **known, **traits(c, dtype))
+    names = [candidate.name for candidate in story.cases[0].candidates if candidate.serves]
+    return story.winner, {name: ours(c, dtype, implementation=name, **known) for name in names}
+
+
+def inputs(c, dtype, tokens, device="cuda"):
+    """Different logits in turn, so that no call finds its own in the nearest cache, and outputs for who wants them."""
+    torch.manual_seed(tokens)
+    bias = torch.randn(c["E"], device=device) * 0.1 if c["bias"] else None
+    return [(torch.randn(tokens, c["E"], device=device).to(getattr(torch, dtype)), bias,
+             torch.empty(tokens, c["K"], device=device), torch.empty(tokens, c["K"], device=device, dtype=torch.int32))
+            for _ in range(8 if tokens <= 4096 else 4)]
+
+
+def wrong_rows(weights, ids, x, bias, c) -> int:
+    """Rows that differ from float64 by more than float32 explains; see the module's docstring."""
+    scores, choice = scored(x.double(), bias, c)
+    best = choice.topk(c["K"], -1)[0]
+    blur = 4 * 2.0**-24 * best.abs().amax(-1).clamp(min=1)
+    ids = ids.long()
+    inside = ids.clamp(0, c["E"] - 1)
+    order = ids.sort(-1)[0]
+    wrong = (ids != inside).any(-1) | (order[:, 1:] == order[:, :-1]).any(-1)
+    wrong |= choice.gather(1, inside).amin(-1) < best[:, -1] - blur
+    right = scores.gather(1, inside)
+    right = right / right.sum(-1, keepdim=True) * c["scale"]
+    wrong |= ~((weights.double() - right).abs() <= 0.02 * right).all(-1)  # so that NaN is wrong
+    return int(wrong.sum())
 
 
 def graph_time(call, sets, calls=16, replays=15):
@@ -148,49 +145,98 @@ def graph_time(call, sets, calls=16, replays=15):
     return statistics.median(times[3:])
 
 
-def main():
+def host_time(call, sets, calls=50, rounds=40):
+    """Median microseconds until an eager call returns; few enough between synchronisations that no queue fills."""
+    times = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call(*sets[0])
+        times.append((time.perf_counter() - start) / calls * 1e6)
+    return statistics.median(times[3:])
+
+
+def copy_bandwidth(gib=1, copies=10):
+    """Bytes read and written per second by a copy too large for any cache."""
+    source = torch.empty(gib << 30, dtype=torch.uint8, device="cuda")
+    taken = graph_time(lambda a, b: b.copy_(a), [(source, torch.empty_like(source))], copies)
+    return 2 * source.numel() / (taken * 1e-6)
+
+
+def measure(c, calls, sets, clock, where) -> tuple[dict, dict]:
+    """(microseconds by name, None for what failed; wrong rows by name, where there are any)."""
+    microseconds, wrong = {}, {}
+    for name, call in calls.items():
+        try:
+            found = call(*sets[0])
+            bad = 0 if name in ("floor", "empty") else wrong_rows(*found, *sets[0][:2], c)
+            microseconds[name] = round(clock(call, sets), 2)
+            if bad:
+                wrong[name] = bad
+        except Exception as error:  # one that refuses the shape is a gap, and the rest are still measured
+            microseconds[name] = None
+            print(f"# {where} {name}: {brief(error)}")
+    return microseconds, wrong
+
+
+def told(row) -> str:
+    """A row for the eye."""
+    us, peer = row["us"], best_peer(row)
+    parts = [f"{row['config']:<12} {row['dtype']:<8} {row['tokens']:>6}", f"ours {us.get('ours')}"]
+    if us.get("ours") and peer:
+        parts.append(f"{peer} {us[peer]} ({us[peer] / us['ours']:.2f})")
+    if us.get("ours") and us.get("floor"):
+        parts.append(f"floor {us['floor']} ({us['ours'] / us['floor']:.2f})")
+    if regret(row):
+        parts.append(f"regret {regret(row):.2f} of {row['chosen']}")
+    return "  ".join(parts) + (f"  WRONG {row['wrong_rows']}" if row["wrong_rows"] else "")
+
+
+def rows_of(name, dtype, args, origin, clock, device="cuda"):
+    """The rows of one shape and dtype, one by one."""
+    c = CONFIGS[name]
+    outside = peers(c, os.path.abspath(args.peers), args.skip.split(","))
+    for tokens in [1] if args.host else map(int, args.tokens.split(",")):
+        where, sets = f"{name} {dtype} {tokens}", inputs(c, dtype, tokens, device)
+        us, wrong = measure(c, {**floors(c), "ours": ours(c, dtype), **outside}, sets, clock, where)
+        if origin.get("copy_bytes_per_s") and not args.host:
+            moved = tokens * (c["E"] * sets[0][0].element_size() + c["K"] * 8)
+            us["bytes"] = round(moved / origin["copy_bytes_per_s"] * 1e6, 3)
+        chosen, able = variants(c, dtype, tokens)
+        row = {"kind": "host" if args.host else "graph", "config": name, "dtype": dtype, "tokens": tokens,
+               "shape": c, "us": us, "chosen": chosen, "wrong_rows": wrong}
+        if args.variants:
+            row["variants"], bad = measure(c, able, sets, clock, where)
+            wrong.update(bad)
+        yield row | origin
+
+
+def parser():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument("--peers", default="peers", help="the folder with the peers")
+    ap.add_argument("--peers", default=".peers", help="the folder with the peers")
+    ap.add_argument("--skip", default="", help="names of peers to leave out")
     ap.add_argument("--tokens", default="1,16,64,256,1024,4096,16384")
     ap.add_argument("--configs", default=",".join(CONFIGS))
     ap.add_argument("--dtypes", default="float32,bfloat16")
-    ap.add_argument("--out")
-    args = ap.parse_args()
-    print(f"# torch {torch.__version__}, triton {triton.__version__}, {torch.cuda.get_device_name()}")
-    rows = []
+    ap.add_argument("--variants", action="store_true", help="also every implementation of the registry that serves")
+    ap.add_argument("--host", action="store_true", help="host time of one eager call of one token")
+    ap.add_argument("--out", help="the file to append rows to, one line of JSON each")
+    return ap
+
+
+def main():
+    args = parser().parse_args()
+    origin = {"machine": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda,
+              "triton": triton.__version__, "peers": versions(args.peers), "copy_bytes_per_s": copy_bandwidth()}
+    print("# " + json.dumps(origin), flush=True)
     for name in args.configs.split(","):
-        c = CONFIGS[name]
         for dtype in args.dtypes.split(","):
-            calls = {"floor": floor(c), **peers(c, os.path.abspath(args.peers))}
-            calls["ours"] = ours(c, dtype)
-            for tokens in map(int, args.tokens.split(",")):
-                torch.manual_seed(tokens)
-                bias = torch.randn(c["E"], device="cuda") * 0.1
-                sets = [(torch.randn(tokens, c["E"], device="cuda").to(getattr(torch, dtype)), bias,
-                         torch.empty(tokens, c["K"], device="cuda"),
-                         torch.empty(tokens, c["K"], device="cuda", dtype=torch.int32))
-                        for _ in range(8 if tokens <= 4096 else 4)]
-                gold = float64_sets(sets[0][0], bias, c)
-                row = {"config": name, "dtype": dtype, "tokens": tokens, "us": {}, "wrong_rows": {}}
-                for label, call in calls.items():
-                    try:
-                        ids = call(*sets[0])[1]
-                        wrong = int((ids.long().sort(-1)[0] != gold).any(-1).sum())
-                        row["us"][label] = round(graph_time(call, sets), 2)
-                        if wrong and label != "floor":
-                            row["wrong_rows"][label] = wrong
-                    except Exception as error:
-                        row["us"][label] = None
-                        print(f"# {name} {dtype} {tokens} {label}: {str(error).splitlines()[0][:100]}")
-                timed = {k: v for k, v in row["us"].items() if v and k not in ("floor", "ours")}
-                if timed and row["us"].get("ours"):
-                    row["best_peer_over_ours"] = round(min(timed.values()) / row["us"]["ours"], 2)
-                    row["ours_over_floor"] = round(row["us"]["ours"] / row["us"]["floor"], 2)
-                rows.append(row)
-                print(json.dumps(row), flush=True)
-    if args.out:
-        with open(args.out, "w") as f:
-            json.dump(rows, f, indent=1)
+            for row in rows_of(name, dtype, args, origin, host_time if args.host else graph_time):
+                print(told(row), flush=True)
+                if args.out:
+                    with open(args.out, "a") as out:  # per row: a run that is cut short keeps what it has
+                        out.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

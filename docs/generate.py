@@ -91,7 +91,7 @@ def _type(field: dict) -> str:
     if field.get("type") == "object":
         inner = next(iter(field.get("patternProperties", {}).values()), None) or field.get("additionalProperties")
         return "name: " + _type(inner).removeprefix("see ") if isinstance(inner, dict) else "mapping"
-    return {"string": "text", "integer": "whole number", "boolean": "true or false"}[field["type"]]
+    return {"string": "text", "integer": "whole number", "number": "number", "boolean": "true or false"}[field["type"]]
 
 
 # ---- when ------------------------------------------------------------------------------------------------------------
@@ -196,7 +196,8 @@ that is not listed here is an error that suggests the nearest one. `kernel-regis
 
 Names of ops and implementations start with a letter and go on with letters, digits, `_`, `-` and `.`. A target is a
 factory: it is called once per binding with those static traits that it names as keyword parameters (all of them, if it
-has `**`), and returns the kernel. It is imported when it is first bound, not before.
+has `**`) and with the `options` of the entry, and returns the kernel. It has to name every option, `**` is not enough,
+and an option may not have the name of a trait. A target is imported when it is first bound, not before.
 
 ## `when`: the calls that an implementation serves
 

@@ -1,9 +1,10 @@
-"""An incident: a kernel is suspected in production. One line in a file takes it out, without a restart.
+"""An incident: a kernel is suspected in production. Two lines in a file take it out, without a restart.
 
     python examples/override_and_reload.py
 
 The engine loads a model's router once and keeps the handle; whoever is on call edits the override file and has the
-process reload. The GPU kernel runs in Triton's interpreter here, so this needs no GPU.
+process reload. One kernel serves calls of many tokens under a second name, with other options: it has to be taken out
+under both. The GPU kernel runs in Triton's interpreter here, so this needs no GPU.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from kernel_registry.errors import RegistryError  # noqa: E402
 
 TRAITS = dict(num_experts=256, num_expert_group=8, topk_group=4, topk=8)
 NO_OVERRIDES = "version: 1\n"
-THE_LINE = """
+THE_LINES = """
 version: 1
 overrides:
   - {op: moe.topk, disable: triton_biased_grouped, reason: incident 42}
+  - {op: moe.topk, disable: triton_biased_grouped_pairs, reason: incident 42}
 """
-MISSPELT = THE_LINE.replace("grouped", "gruoped")
+MISSPELT = THE_LINES.replace("grouped,", "gruoped,")
 
 
 def main() -> None:
@@ -39,16 +41,16 @@ def main() -> None:
     logits, bias = torch.randn(2, 256), torch.zeros(256)
     before = route(logits, bias)
     print("serving with", route.name)
-    assert route.name == "triton_biased_grouped"
+    assert route.name == "triton_biased_grouped|triton_biased_grouped_pairs"  # by num_tokens
 
     file.write_text(MISSPELT)
     try:
         registry.reload()
     except RegistryError as error:  # a refused file changes nothing
         print("refused:", str(error).replace(str(file.parent) + os.sep, ""))
-    assert route.name == "triton_biased_grouped"
+    assert route.name == "triton_biased_grouped|triton_biased_grouped_pairs"
 
-    file.write_text(THE_LINE)
+    file.write_text(THE_LINES)
     registry.reload()
     print("serving with", route.name)  # the handle that the engine holds follows
     assert route.name == "torch"
@@ -62,7 +64,7 @@ def main() -> None:
     file.write_text(NO_OVERRIDES)
     registry.reload()
     print("serving with", route.name)
-    assert route.name == "triton_biased_grouped"
+    assert route.name == "triton_biased_grouped|triton_biased_grouped_pairs"
 
 
 if __name__ == "__main__":

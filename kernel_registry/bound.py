@@ -15,7 +15,7 @@ from typing import Callable, Mapping
 from . import targets
 from .catalog import Implementation, Op
 from .contract import Request
-from .errors import TargetError
+from .errors import TargetError, suggestion
 from .selection import Table
 
 
@@ -88,19 +88,28 @@ def make_call(op: Op, request: Request, table: Table, made: dict[str, Callable])
 
 
 def make_kernel(implementation: Implementation, request: Request) -> Callable:
-    """Imports the target and calls it with the traits it names: the one place where a kernel comes to be."""
+    """Imports the target and calls it with the traits it names and the options of its entry: the one place where a
+    kernel comes to be. An option has to be named too: `**` would swallow one that nothing reads."""
     factory = targets.load(implementation.target, implementation.where)
     static = {name: value for name, value in request.traits.items() if name not in request.open}
     try:
         parameters = inspect.signature(factory).parameters.values()
         takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         wanted = static if takes_all else {p.name: static[p.name] for p in parameters if p.name in static}
-        kernel = factory(**wanted)
+        keywords = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        strange = [name for name in implementation.options if name not in keywords]
+        kernel = None if strange else factory(**wanted, **implementation.options)
     except Exception as error:  # a factory may fail in any way; say which, and where it was declared
         raise TargetError(f"{implementation.target} can't be bound: {type(error).__name__}: {error}",
                           where=implementation.where,
                           hint="a target is a function of the traits it names as keywords, and returns the kernel"
                           ) from error
+    if strange:
+        free = [name for name in keywords if name not in (*request.traits, *request.open)]
+        raise TargetError(f"{implementation.target} takes no option {strange[0]!r}: its keywords are "
+                          f"{', '.join(keywords) or 'none'}", where=implementation.where,
+                          hint="a target names each option as a keyword, `**` is not enough"
+                               + (f"; {suggestion(strange[0], free)}" if free else ""))
     if not callable(kernel):
         raise TargetError(f"{implementation.target} returned {type(kernel).__name__}, not a kernel to call",
                           where=implementation.where, hint="a target takes the traits and returns a function")

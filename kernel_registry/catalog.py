@@ -32,6 +32,7 @@ class Implementation:
     rank: int = 0
     fallback: bool = False
     numerics: str | None = None
+    options: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def precedence(self) -> tuple[bool, int]:
@@ -124,10 +125,15 @@ def _space(op: str, target: str, where: str) -> TraitSpace:
 def _read(document: Document, op: str, entry: OpEntry, space: TraitSpace) -> Iterable[Implementation]:
     for name, item in entry.implementations.items():
         path = ("ops", op, "implementations", name)
+        for option in item.options:
+            if option in space.all:
+                raise DocumentError(f"option {option!r} of {name} is a trait of {op}",
+                                    where=document.where((*path, "options", option)),
+                                    hint="say in `when` which of its values are served, or rename the option")
         box = read_box(space, item.when, closed=True,
                        where=lambda key: document.where((*path, "when", *key) if key else path))
         yield Implementation(op, name, item.target, box, document.where(path), item.summary, item.rank, item.fallback,
-                             item.numerics)
+                             item.numerics, item.options)
 
 
 def _ordered(op: str, implementations: tuple[Implementation, ...]) -> tuple[Implementation, ...]:

@@ -7,8 +7,8 @@ candidate for all of its failures instead of the first.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from typing import Sequence
+from dataclasses import dataclass, field
+from typing import Container, Mapping, Sequence
 
 from .catalog import Implementation, Op
 from .contract import Request
@@ -19,21 +19,30 @@ from .selection import REFUSALS, Considered, decide, table
 
 @dataclass(frozen=True)
 class Candidate:
-    """One implementation's part in the story: `failures` are all the reasons, `denied` the rule that disables it."""
+    """One implementation's part in the story: `failures` are all the reasons, `denied` the rule that disables it,
+    `options` what its target is given beside the traits, `lasting` those failures that no open trait can mend."""
 
     name: str
     where: str
     failures: tuple[str, ...]
     denied: str = ""
+    options: Mapping[str, object] = field(default_factory=dict)
+    lasting: tuple[str, ...] = ()
 
     @property
     def serves(self) -> bool:
-        return not self.failures and not self.denied
+        return not self.reasons
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Everything that keeps it from serving."""
+        return (*self.failures, self.denied) if self.denied else self.failures
 
 
 @dataclass(frozen=True)
 class Case:
-    """The story for one range of the open traits (or for all of them: no conditions)."""
+    """The story for one range of the open traits (or for all of them: no conditions). What a candidate is told to fail
+    by an open trait is its condition, or that it serves some values only, never a value picked from the range."""
 
     conditions: tuple[str, ...]
     winner: str | None
@@ -41,13 +50,14 @@ class Case:
     candidates: tuple[Candidate, ...]
     rules: tuple[Considered, ...]
     error: str = ""
+    starts: Mapping[str, object] = field(default_factory=dict)  # the least value of each trait that has a condition
 
     @property
     def near_misses(self) -> tuple[Candidate, ...]:
         """Candidates that would have gone first, or served at all, but for one predicate."""
         names = [c.name for c in self.candidates]
         before = self.candidates[:names.index(self.winner)] if self.winner in names else self.candidates
-        return tuple(c for c in before if len(c.failures) + bool(c.denied) == 1)
+        return tuple(c for c in before if len(c.reasons) == 1)
 
 
 @dataclass(frozen=True)
@@ -65,24 +75,42 @@ class Explanation:
         names = [case.winner for case in self.cases]
         return None if None in names else "|".join(dict.fromkeys(names))
 
+    @property
+    def in_no_range(self) -> dict[str, tuple[str, ...]]:
+        """Where there are several cases, the candidates that can serve in none of them, whatever the open traits are,
+        each with the reasons."""
+        if len(self.cases) < 2:
+            return {}
+        found = {}
+        for first, *others in zip(*(case.candidates for case in self.cases)):
+            denied = (first.denied,) if first.denied and all(c.denied == first.denied for c in others) else ()
+            if first.lasting or denied:
+                found[first.name] = (*first.lasting, *denied)
+        return found
+
     def json(self) -> str:
-        """Canonical JSON of everything in the text."""
+        """Canonical JSON of everything in the text, and of the options."""
         cases = [{
             "conditions": list(case.conditions), "winner": case.winner, "decided_by": case.decided_by,
             "error": case.error,
             "candidates": [{"name": c.name, "where": c.where, "serves": c.serves, "failures": list(c.failures),
-                            "denied": c.denied} for c in case.candidates],
+                            "denied": c.denied, "options": c.options} for c in case.candidates],
             "near_misses": [c.name for c in case.near_misses],
             "overrides": [{"rule": str(rule), "where": rule.where, "layer": rule.layer, "outcome": outcome}
                           for rule, outcome in case.rules]} for case in self.cases]
         traits = {k: v if isinstance(v, (int, bool)) else str(v) for k, v in self.traits.items()}
-        story = {"op": self.op, "traits": traits, "winner": self.winner, "cases": cases}
+        story = {"op": self.op, "traits": traits, "winner": self.winner, "cases": cases,
+                 "in_no_range": self.in_no_range}
         return json.dumps(story, indent=2, sort_keys=True)
 
     def text(self) -> str:
-        lines = [self.request]
+        lines, never = [self.request], self.in_no_range
+        width = max((len(c.name) for case in self.cases for c in case.candidates), default=0)
+        near = {c.name for case in self.cases for c in case.near_misses}
+        lines += ["  in no range:"] * bool(never)
+        lines += [_refused(name, reasons, name in near, width) for name, reasons in never.items()]
         for case in self.cases:
-            lines += _case_lines(case)
+            lines += _case_lines(case, never, width)
         return "\n".join(lines)
 
     __str__ = text
@@ -91,12 +119,13 @@ class Explanation:
 def explain(op: Op, request: Request, layers: Sequence[Layer]) -> Explanation:
     """The story of one request; one case per range of the open traits on which the outcome differs."""
     pieces = table(op, request, layers, told=True).pieces(op, request)
-    cases = tuple(_case(op, conditions, traits, layers) for conditions, traits in pieces)
+    cases = tuple(_case(op, request, conditions, traits, layers) for conditions, traits in pieces)
     shown = {name: value for name, value in request.traits.items() if name not in request.open}
     return Explanation(op.name, str(request), shown, cases)
 
 
-def _case(op: Op, conditions: tuple[str, ...], traits: dict[str, object], layers: Sequence[Layer]) -> Case:
+def _case(op: Op, request: Request, conditions: Mapping[str, str], traits: dict[str, object],
+          layers: Sequence[Layer]) -> Case:
     rules: list[Considered] = []
     winner, decided_by, error = None, "", ""
     try:
@@ -109,37 +138,52 @@ def _case(op: Op, conditions: tuple[str, ...], traits: dict[str, object], layers
     for rule, outcome in rules:
         if rule.action == "disable":
             denied.setdefault(rule.implementation, str(rule))
-    candidates = tuple(_candidate(i, traits, denied.get(i.name, "")) for i in op.implementations)
-    return Case(conditions, winner, decided_by, candidates, tuple(rules), error)
+    candidates = tuple(_candidate(i, request.open, conditions, traits, denied.get(i.name, ""))
+                       for i in op.implementations)
+    return Case(tuple(conditions.values()), winner, decided_by, candidates, tuple(rules), error,
+                {name: traits[name] for name in conditions})
 
 
-def _candidate(implementation: Implementation, traits: dict[str, object], denied: str) -> Candidate:
+def _candidate(implementation: Implementation, left_open: Sequence[str], conditions: Mapping[str, str],
+               traits: dict[str, object], denied: str) -> Candidate:
+    def told(failure) -> str:
+        name = failure.what
+        if name not in left_open:
+            return str(failure)
+        return f"{conditions[name]}, serves {failure.expected}" if name in conditions else \
+            f"serves {name} {failure.expected} only"
+
     try:
-        failures = tuple(str(failure) for failure in implementation.box.failures(traits))
+        found = list(implementation.box.failures(traits))
+        failures = tuple(map(told, found))
+        lasting = tuple(str(failure) for failure in found if failure.what not in left_open)
     except RegistryError as error:  # a Python check that can't be asked, of one that the decision did not need to ask
-        failures = (error.message,)
-    return Candidate(implementation.name, implementation.where, failures, denied)
+        failures = lasting = (error.message,)
+    return Candidate(implementation.name, implementation.where, failures, denied, implementation.options, lasting)
 
 
-def _case_lines(case: Case) -> list[str]:
+def _refused(name: str, reasons: Sequence[str], near: bool, width: int) -> str:
+    return f"   {'~' if near else 'x'} {name:<{width}}  " \
+        + (f"one predicate away: {reasons[0]}" if near else "; ".join(reasons))
+
+
+def _case_lines(case: Case, told: Container[str], width: int) -> list[str]:
+    """Without the candidates that have been told."""
     head = f"  when {', '.join(case.conditions)}:" if case.conditions else ""
     lines = [head] if head else []
     lines.append(f"  -> {case.winner}  [{case.decided_by}]" if case.winner else f"  -> nothing: {case.error}")
     for rule, outcome in case.rules:
         lines.append(f"     override  {rule}: {outcome}")
     near = {c.name for c in case.near_misses}
-    width = max((len(c.name) for c in case.candidates), default=0)
     for candidate in case.candidates:
-        reasons = [*candidate.failures, *([candidate.denied] if candidate.denied else [])]
+        if candidate.name in told:
+            continue
         if candidate.name == case.winner:
-            mark, story = "*", "chosen"
-        elif not reasons:
-            mark, story = " ", "could serve, but " + _why_not(case)
-        elif candidate.name in near:
-            mark, story = "~", "one predicate away: " + reasons[0]
+            lines.append(f"   * {candidate.name:<{width}}  chosen")
+        elif candidate.serves:
+            lines.append(f"     {candidate.name:<{width}}  could serve, but {_why_not(case)}")
         else:
-            mark, story = "x", "; ".join(reasons)
-        lines.append(f"   {mark} {candidate.name:<{width}}  {story}")
+            lines.append(_refused(candidate.name, candidate.reasons, candidate.name in near, width))
     return lines
 
 

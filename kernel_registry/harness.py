@@ -2,6 +2,7 @@
 
 The contract names both. `cases` is a module with `inputs(traits, num_tokens, *, seed, device, flavour)`, which returns
 (args, kwargs), FLAVOURS (names of kinds of values, the first being plain random ones) and WORKLOADS (name -> traits).
+Where rows of a call never mix it also has `prefix(args, kwargs, outputs, n)`: all three for its first n rows alone.
 `oracle` is a function `check(traits, args, kwargs, outputs)` whose verdict has passed (None for an input that it can't
 judge), rows, undecided, detail, and max_weight_error where it has one.
 """
@@ -12,6 +13,7 @@ import importlib
 import struct
 import sys
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Callable, Mapping
 
@@ -23,23 +25,36 @@ from .traits.platform import Platform
 
 @dataclass(frozen=True)
 class Harness:
-    """`inputs`, `flavours`, `workloads` and `check` of one op."""
+    """`inputs`, `flavours`, `workloads`, `check` and `prefix`, None where there is none, of one op."""
 
     op: Op
     inputs: Callable
     flavours: tuple[str, ...]
     workloads: Mapping[str, Mapping[str, object]]
     check: Callable
+    prefix: Callable | None
 
     def judge(self, kernel: Callable, traits: Mapping[str, object], *, tokens: int, seed: int, flavour: str,
               device: str, arguments: Mapping[str, object] | None = None):
-        """Runs one call on fresh inputs; (verdict, outputs). `arguments` replace keyword arguments of the inputs."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, about infinities put there on purpose
+        """Runs one call on fresh inputs; (verdict, call). `arguments` replace keyword arguments of the inputs."""
+        call = self.call(kernel, traits, tokens, seed, flavour, device, arguments)
+        with _quiet():
+            return self.check(dict(traits), *call), call
+
+    def call(self, kernel: Callable, traits: Mapping[str, object], tokens: int, seed: int, flavour: str, device: str,
+             arguments: Mapping[str, object] | None = None) -> tuple:
+        """One call on fresh inputs, as (args, kwargs, outputs)."""
+        with _quiet():
             args, kwargs = self.inputs(dict(traits), tokens, seed=seed, device=device, flavour=flavour)
             kwargs = {**kwargs, **(arguments or {})}
-            outputs = kernel(*args, **kwargs)
-            return self.check(dict(traits), args, kwargs, outputs), outputs
+            return args, kwargs, kernel(*args, **kwargs)
+
+
+@contextmanager
+def _quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, about infinities put there on purpose
+        yield
 
 
 def harness(op: Op) -> Harness:
@@ -56,7 +71,7 @@ def harness(op: Op) -> Harness:
                           hint="running kernels needs torch: pip install 'kernel-registry[kernels]'" if lacks_torch else
                           f"try `python -c 'import {contract.cases}'`") from error
     return Harness(op, cases.inputs, tuple(cases.FLAVOURS), dict(cases.WORKLOADS),
-                   targets.load(contract.oracle, op.name))
+                   targets.load(contract.oracle, op.name), getattr(cases, "prefix", None))
 
 
 def call_traits(op: Op, traits: Mapping[str, object], tokens: int) -> dict[str, object]:

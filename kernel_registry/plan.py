@@ -12,7 +12,7 @@ import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Iterable, Iterator
+from typing import TYPE_CHECKING, Iterable, Iterator, Mapping
 
 from . import targets
 from .box import Box, read_box
@@ -34,7 +34,8 @@ _PACKAGES = ("kernel-registry", "torch", "triton")
 @dataclass(frozen=True)
 class Plan:
     """Choices for `calls`, each a dict: op, model (scope or null), traits, table (list of {when, implementation,
-    decided_by}) and sources (implementation -> hash). `strict` and `source` say how a loaded plan is applied."""
+    decided_by}), sources (implementation -> hash) and, where some of them have any, options (implementation -> its
+    options). `strict` and `source` say how a loaded plan is applied."""
 
     device: str
     versions: dict[str, str]
@@ -103,6 +104,11 @@ class Plan:
             for name in sorted({*a["sources"]} & {*b["sources"]}):
                 if a["sources"][name] != b["sources"][name]:
                     lines.append(f"~ {title}: the source of {name} changed")
+                had, has = (_json(call.get("options", {}).get(name, {})) for call in (a, b))
+                for option in sorted({*had, *has}):
+                    if had.get(option) != has.get(option):
+                        lines.append(f"~ {title}: option {option} of {name}: {had.get(option, 'absent')} -> "
+                                     f"{has.get(option, 'absent')}")
         return lines
 
     def checked(self, catalog: Catalog) -> "Plan":
@@ -125,8 +131,11 @@ class Plan:
                           and found.box.meets(self._box(op, call, row))):
                     yield f"{found.name} can't serve {request} any more"
             for name, source in call["sources"].items():
-                if targets.source_hash(op.implementation(name).target) != source:
+                found = op.implementation(name)
+                if targets.source_hash(found.target) != source:
                     yield f"{op.name}: the source of {name} changed since the plan was frozen"
+                if _json(found.options) != _json(call.get("options", {}).get(name, {})):
+                    yield f"{op.name}: the options of {name} changed since the plan was frozen"
         except RegistryError as error:
             yield error.message
 
@@ -147,13 +156,21 @@ class Plan:
 
 def _is_call(call: object) -> bool:
     """Whether a loaded `call` has the form that `frozen_call` gives it."""
-    return (isinstance(call, dict) and set(call) == {"op", "model", "traits", "table", "sources"}
+    return (isinstance(call, dict) and set(call) - {"options"} == {"op", "model", "traits", "table", "sources"}
             and isinstance(call["op"], str) and isinstance(call["model"], (str, type(None)))
             and isinstance(call["traits"], dict) and isinstance(call["sources"], dict)
             and isinstance(call["table"], list) and bool(call["table"])
             and all(isinstance(row, dict) and set(row) == {"when", "implementation", "decided_by"}
                     and isinstance(row["when"], dict) and row["implementation"] in call["sources"]
-                    and row["decided_by"] in ("override", "registry") for row in call["table"]))
+                    and row["decided_by"] in ("override", "registry") for row in call["table"])
+            and isinstance(call.get("options", {}), dict)
+            and all(name in call["sources"] and isinstance(options, dict)
+                    for name, options in call.get("options", {}).items()))
+
+
+def _json(options: Mapping[str, object]) -> dict[str, str]:
+    """`options` with their values as JSON: 1, 1.0 and true are equal in Python, and three different options."""
+    return {name: json.dumps(value) for name, value in options.items()}
 
 
 def freeze(state: "State", *, batch_invariant: bool = False) -> Plan:
@@ -183,8 +200,11 @@ def freeze(state: "State", *, batch_invariant: bool = False) -> Plan:
 
 def frozen_call(op: Op, request: Request, table: Table, model: str | None = None) -> dict:
     """One of a plan's `calls`: what `table` decides for `request`."""
+    winners = [op.by_name[name] for name in table.winners()]
+    options = {winner.name: dict(winner.options) for winner in winners if winner.options}
     return {"op": op.name, "model": model, "traits": _plain(request, op), "table": _rows(table),
-            "sources": {name: targets.source_hash(op.by_name[name].target) for name in table.winners()}}
+            "sources": {winner.name: targets.source_hash(winner.target) for winner in winners},
+            **({"options": options} if options else {})}
 
 
 def _could_match(rule: Rule, kernel) -> bool:
@@ -242,5 +262,6 @@ def _title(call: dict) -> str:
 
 
 def _choices(call: dict) -> str:
-    rows = [(row["implementation"], row["when"], row["decided_by"]) for row in call["table"]]
-    return " | ".join(f"{name}{f' {when}' if when else ''} ({by})" for name, when, by in rows)
+    rows = [(row["implementation"], json.dumps(row["when"]).replace('"', ""), row["decided_by"])
+            for row in call["table"]]
+    return " | ".join(f"{name}{f' when {when}' if when != '{}' else ''} ({by})" for name, when, by in rows)

@@ -27,7 +27,7 @@ _REASONS = 3  # predicates named in `why`
 class PlanRow:
     """What one op of a model gets on one platform. `implementation` is None where nothing serves it; names joined by
     "|" where it depends on a dynamic trait. `fast` is false where a fallback serves any of it. `layers` is how many of
-    the model's layers make this call."""
+    the model's layers make this call. `reasons` are why, one for each of the explanation's cases."""
 
     op: str
     workload: Workload
@@ -35,8 +35,16 @@ class PlanRow:
     platform: str
     implementation: str | None
     fast: bool
-    why: str
+    reasons: tuple[str, ...]
     explanation: Explanation
+
+    @property
+    def why(self) -> str:
+        """The reasons as one text: a reason that holds in every case once, others with the conditions of theirs."""
+        if len(set(self.reasons)) == 1:
+            return self.reasons[0]
+        heads = [", ".join(case.conditions) for case in self.explanation.cases]
+        return "; ".join(f"{head}: {reason}" for head, reason in zip(heads, self.reasons))
 
 
 def read_config(config: "str | Mapping | ModelConfig") -> "ModelConfig":
@@ -87,8 +95,8 @@ def _row(registry: Registry, op: Op, workload: Workload, platform: Platform) -> 
     explanation = registry.explain(op.name, **{**workload.traits, **_platform_traits(op, platform)})
     winners = [op.by_name[name] for case in explanation.cases if (name := case.winner) is not None]
     fast = bool(winners) and not any(w.fallback for w in winners) and explanation.winner is not None
-    why = "; ".join(dict.fromkeys(_why(op, case, explanation.traits) for case in explanation.cases))
-    return PlanRow(op.name, workload, workload.layers, str(platform), explanation.winner, fast, why, explanation)
+    reasons = tuple(_why(op, case, explanation.traits) for case in explanation.cases)
+    return PlanRow(op.name, workload, workload.layers, str(platform), explanation.winner, fast, reasons, explanation)
 
 
 def _platform_traits(op: Op, platform: Platform) -> dict[str, Platform]:
@@ -96,14 +104,13 @@ def _platform_traits(op: Op, platform: Platform) -> dict[str, Platform]:
 
 
 def _why(op: Op, case: Case, traits: Mapping[str, object]) -> str:
-    head = f"{', '.join(case.conditions)}: " if case.conditions else ""
     deciding = next((rule for rule, outcome in case.rules if outcome == "decides"), None)
     if case.winner is None:
-        return head + case.error
+        return case.error
     if deciding is not None:
-        return head + f"override: {deciding}"
+        return f"override: {deciding}"
     winner = op.by_name[case.winner]
-    return head + (_no_fast_kernel(op, case) if winner.fallback else _matched(op, winner, traits))
+    return _no_fast_kernel(op, case) if winner.fallback else _matched(op, winner, traits)
 
 
 def _no_fast_kernel(op: Op, case: Case) -> str:
@@ -111,7 +118,7 @@ def _no_fast_kernel(op: Op, case: Case) -> str:
     refused = [c for c in case.candidates if not op.by_name[c.name].fallback]
     if not refused:
         return "no fast kernel: none is registered"
-    nearest = min(refused, key=lambda c: (len(c.failures) + bool(c.denied),
+    nearest = min(refused, key=lambda c: (len(c.failures) + bool(c.denied), not c.denied,
                                           any(f.startswith("platform") for f in c.failures)))
     reasons = [*nearest.failures, *([nearest.denied] if nearest.denied else [])]
     more = f" and {len(reasons) - _REASONS} more" if len(reasons) > _REASONS else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Callable, Mapping, Sequence
 
+from .errors import RegistryError
 from .harness import call_traits, device_of, harness, told
 from .planning import read_config
 from .registry import Registry
@@ -14,12 +15,13 @@ if TYPE_CHECKING:
 
 TOKENS = (1, 16, 256)
 _TOKENS_INTERPRETED = (1, 16)  # the interpreter takes milliseconds a row
+_SECONDS = {"interpreter": 4096, "cpu": 16_384}  # tokens that take seconds there; more only when asked for
 
 
 @dataclass(frozen=True)
 class RunRow:
     """One call. `max_weight_error` is relative to the oracle, None where the oracle gives none; `undecided` counts rows
-    of `rows` on which rounding leaves the choice open. `verdict` is passed or failed, `detail` says why."""
+    of `rows` on which rounding leaves the choice open. `verdict` is passed, failed or not run, `detail` says why."""
 
     op: str
     model: str
@@ -35,23 +37,44 @@ class RunRow:
 
 def run_model(registry: Registry, config: "str | Mapping | ModelConfig", *, tokens: Sequence[int] = (), seed: int = 0,
               progress: Callable[[RunRow], None] | None = None) -> list[RunRow]:
-    """Runs every op that the model uses, on random inputs of each of the `tokens` counts (by default 1, 16 and 256; 1
-    and 16 in the interpreter). A kernel that raises is a failed row; a config that can't be read raises ConfigError."""
+    """Runs every op that the model uses, on random inputs of each of the `tokens` counts. By default those are 1, 16
+    and 256 (1 and 16 in the interpreter), and the first of each range in which another kernel is chosen; one that would
+    take long here is a row that was not run. A kernel that raises is a failed row; a config that can't be read raises
+    ConfigError."""
     config = read_config(config)
     here = registry.platform()
-    tokens = tokens or (_TOKENS_INTERPRETED if here.kind == "interpreter" else TOKENS)
     rows = []
     for op in registry.catalog.ops.values():
         workloads = op.contract.workloads(config)
         tools = harness(op) if workloads else None
         for workload in workloads:
-            for count in tokens:
-                row = _run(registry, op, tools, config.name, call_traits(op, workload.traits, count),
-                           workload.arguments, count, seed, device_of(here))
+            for count in tokens or _default_tokens(registry, op, workload.traits):
+                traits = call_traits(op, workload.traits, count)
+                if not tokens and count > _SECONDS.get(here.kind, count):
+                    row = _left_out(registry, op, config.name, traits, count)
+                else:
+                    row = _run(registry, op, tools, config.name, traits, workload.arguments, count, seed,
+                               device_of(here))
                 rows.append(row)
                 if progress:
                     progress(row)
     return rows
+
+
+def _default_tokens(registry: Registry, op, traits: Mapping[str, object]) -> list[int]:
+    counts = {*(_TOKENS_INTERPRETED if registry.platform().kind == "interpreter" else TOKENS)}
+    given = {name: value for name, value in call_traits(op, traits, 0).items() if name != "num_tokens"}
+    try:
+        starts = (case.starts.get("num_tokens") for case in registry.explain(op.name, **given).cases)
+        return sorted(counts.union(filter(None, starts)))
+    except RegistryError:  # told by the runs
+        return sorted(counts)
+
+
+def _left_out(registry: Registry, op, model: str, traits: Mapping[str, object], tokens: int) -> RunRow:
+    case, *_ = registry.explain(op.name, **traits).cases
+    return RunRow(op.name, model, tokens, case.winner, case.decided_by, None, 0, 0, "not run",
+                  f"takes long on the {registry.platform()}; ask for it with --tokens {tokens}")
 
 
 def _run(registry, op, tools, model, traits, arguments, tokens, seed, device) -> RunRow:

@@ -53,6 +53,14 @@ def sample(op: Op, implementation: Implementation, platform: Platform, workloads
     return _Sampler(op, implementation, platform, seed).sample(workloads, inside)
 
 
+def nearest(values: Ints | None, count: int) -> int:
+    """The number in `values` (None: any) that is nearest to `count` among those up to it, else among those above."""
+    if values is None:
+        return count
+    below = [min(high, count) for low, high in values.ranges if low <= count]
+    return int(below[-1] if below else values.ranges[0][0])
+
+
 class _Sampler:
     def __init__(self, op: Op, implementation: Implementation, platform: Platform, seed: int):
         self.op, self.space, self.box, self.platform = op, op.space, implementation.box, platform
@@ -162,7 +170,8 @@ class _Sampler:
 
     def _neutral(self) -> dict[str, object]:
         values = {name: t.default for name, t in self.space.traits.items() if t.default is not REQUIRED}
-        values.update({name: 5 for name, t in self.space.traits.items() if t.dynamic and t.type == "int"})
+        values.update({name: nearest(self.box.sets.get(name), 5)
+                       for name, t in self.space.traits.items() if t.dynamic and t.type == "int"})
         return values
 
     def _platforms(self) -> dict[str, object]:
@@ -180,6 +189,8 @@ class _Sampler:
             if trait.default is not REQUIRED:
                 candidates.add(trait.default)
             candidates = {v for v in candidates if trait.minimum is None or v >= trait.minimum}
+            if isinstance(values, Ints) and not any(map(values.admits, candidates)):
+                candidates = {nearest(values, 0)}
         else:
             candidates = set(self._domain(trait))
         kept = [v for v in candidates if values is None or values.admits(v)]

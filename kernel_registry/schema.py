@@ -6,15 +6,27 @@ an error, and every key that is here is read somewhere.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Optional, TypeVar
+from typing import Annotated, Any, Literal, Optional, TypeVar, Union
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, WrapValidator
+from pydantic_core import PydanticCustomError
 
 from . import targets
 from .document import Document
 from .errors import DocumentError, suggestion
 
+
+def _scalar(value: object, union) -> object:
+    """One problem instead of one for each member of the union."""
+    try:
+        return union(value)
+    except ValidationError:
+        raise PydanticCustomError("scalar", "expected text, a finite number, true or false") from None
+
+
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][\w.\-]*$")]
+Keyword = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]\w*$")]
+Scalar = Annotated[Union[bool, int, Annotated[float, Field(allow_inf_nan=False)], str], WrapValidator(_scalar)]
 _TARGET = f"^{targets.FORM}$"
 Target = Field(pattern=_TARGET, description="module:attribute, imported when first needed")
 When = Field(default_factory=dict, description="trait: value, [values], any, {min, max, multiple_of}, {not: ...}; "
@@ -29,6 +41,9 @@ class ImplementationEntry(_Strict):
     """One kernel: where it is and what it serves."""
 
     target: str = Target
+    options: dict[Keyword, Scalar] = Field(
+        default_factory=dict, description="keywords for the target beside the traits: how one target serves as several "
+                                          "implementations")
     summary: str = Field("", description="one line for people, shown by `list`")
     when: dict[str, Any] = When
     rank: int = Field(0, description="higher goes first among implementations of which none is provably narrower")

@@ -106,10 +106,10 @@ class Table:
             return (self.decision.implementation.name,)
         return tuple(dict.fromkeys(name for branch in self.branches for name in branch.winners()))
 
-    def pieces(self, op: Op, request: Request) -> Iterator[tuple[tuple[str, ...], dict[str, object]]]:
-        """Every leaf as its conditions and a full set of traits inside it."""
+    def pieces(self, op: Op, request: Request) -> Iterator[tuple[dict[str, str], dict[str, object]]]:
+        """Every leaf as its conditions, by trait, and a full set of traits inside it: of each range its least value."""
         inside = {**request.traits, **{name: _samples(op, name, ())[0] for name in request.open}}
-        yield from self._pieces((), inside, op)
+        yield from self._pieces({}, inside, op)
 
     def _pieces(self, labels, inside, op):
         if self.trait is None:
@@ -118,7 +118,8 @@ class Table:
         flags = isinstance(self.bounds[0], bool)
         values = self.bounds if flags else (op.space.traits[self.trait].minimum or 0, *self.bounds)
         for label, value, branch in zip(self.labels(), values, self.branches):
-            yield from branch._pieces((*labels, f"{self.trait} {label}"), {**inside, self.trait: value}, op)
+            conditions = {**labels, self.trait: f"{self.trait} {label}"}
+            yield from branch._pieces(conditions, {**inside, self.trait: value}, op)
 
     def labels(self) -> list[str]:
         if self.bounds and isinstance(self.bounds[0], bool):

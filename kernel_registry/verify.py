@@ -2,7 +2,8 @@
 
 For every implementation the declared box is sampled inside, on its edges and just outside (see sampling.py), beside the
 op's named model workloads. Inside and edge points run and are judged by the contract's oracle; points outside must be
-refused by a dispatch that names the implementation. Implementations with one `numerics` tag are compared bit for bit.
+refused by a dispatch that names the implementation. Implementations with one `numerics` tag are compared bit for bit,
+each with each; two that serve different numbers of tokens on the rows that a large call begins with.
 What can't run on this machine is "not run", with the reason, and never counts as passed.
 """
 
@@ -10,13 +11,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, replace
-from typing import Callable, Iterable, Iterator, Sequence
+from itertools import combinations
+from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
 
+from .box import Box
 from .catalog import Implementation, Op
 from .errors import NoImplementationError, OverrideError, RegistryError, UnknownNameError, suggestion
 from .harness import Harness, bits, device_of, harness, home, judges_itself, told, why_not_here
 from .registry import Registry
-from .sampling import Point, sample
+from .sampling import Point, nearest, sample
 from .traits.platform import Platform
 from .traits.trait import written
 
@@ -25,7 +28,10 @@ BUDGET = 48  # points run per implementation, beside the refusals, which cost no
 UNDECIDED_LIMIT = 0.01  # of the rows of model workloads; above it the comparison would pass for want of decisions
 _UNDECIDED_SLACK = 2  # rows that may be undecided however few were judged
 _TOKENS = (33, 1, 64, 17, 5)
-_TOKENS_CAP = {"interpreter": 300, "cpu": 20_000}  # a larger call would take minutes there
+_TOKENS_CAP = {"interpreter": 300, "cpu": 20_000}  # more points of larger calls would take minutes there
+_TOKENS_MOST = {"interpreter": 8192, "cpu": 100_000}  # for the few points of a box that asks for more than the cap
+_FEW = 2  # comparisons of two implementations that each take more tokens than the cap
+_INSIDE = ("model", "edge", "inside")
 
 
 @dataclass(frozen=True)
@@ -57,12 +63,23 @@ class Report:
         return tuple(row for row in self.rows if row.outcome == FAILED)
 
     @property
+    def results(self) -> dict[tuple[str, str], str]:
+        """By (op, implementation): failed if anything failed, passed if a call inside its box ran and was judged, else
+        not run. That calls outside are refused proves nothing about a kernel."""
+        found = {(row.op, row.implementation): NOT_RUN for row in self.rows}
+        ran = [row for row in self.rows if row.outcome == PASSED and row.where in _INSIDE]
+        for row in (*ran, *self.failures):
+            found[row.op, row.implementation] = row.outcome
+        return found
+
+    @property
     def ok(self) -> bool:
-        """Nothing failed and something ran."""
-        return not self.failures and any(row.outcome == PASSED for row in self.rows)
+        """Nothing failed and some implementation passed."""
+        return not self.failures and PASSED in self.results.values()
 
     def json(self) -> str:
-        return json.dumps({**asdict(self), "ok": self.ok}, indent=1)
+        results = [{"op": op, "implementation": name, "result": told} for (op, name), told in self.results.items()]
+        return json.dumps({**asdict(self), "results": results, "ok": self.ok}, indent=1)
 
 
 def verify(registry: Registry, *, ops: Iterable[str] = (), implementations: Iterable[str] = (), budget: int = BUDGET,
@@ -93,11 +110,24 @@ def select(registry: Registry, ops: Iterable[str],
     return [(op, found) for op, found in selected if found]
 
 
+class _Ran(NamedTuple):
+    """A point that an implementation ran, and how. `call` is kept of those that took long: (args, kwargs, outputs)."""
+
+    point: Point
+    tokens: int
+    flavour: str
+    seed: int
+    device: str
+    call: tuple | None
+
+
 class _Verifier:
     def __init__(self, registry: Registry, op: Op, budget: int, seed: int, notes: list[str]):
         self.registry, self.op, self.budget, self.seed, self.notes = registry, op, budget, seed, notes
         self.here = registry.platform()
-        self.ran: dict[str, list[tuple[Point, int, str]]] = {}  # implementation -> points that ran, with how
+        self.ran: dict[str, list[_Ran]] = {}
+        self.cap = _TOKENS_CAP.get(self.here.kind, float("inf"))
+        self.most = _TOKENS_MOST.get(self.here.kind, float("inf"))
 
     def rows(self, implementations: Sequence[Implementation]) -> Iterator[Row]:
         tools: Harness | None = None
@@ -137,9 +167,16 @@ class _Verifier:
         for all_of, some_of, kind in ((found.model, models, "model workloads"), (found.edge, edges, "edges")):
             if len(some_of) < len(all_of):
                 self.notes.append(f"{implementation.name}: the budget covers {len(some_of)} of {len(all_of)} {kind}")
+        least = nearest(implementation.box.sets.get("num_tokens"), 0)
+        few = [min((p for p in points if p.where == where), key=_size) for where in {p.where for p in points}] \
+            if least > self.cap else []  # the smallest of each kind, with as few tokens as the box admits
         judged = undecided = 0
         for index, point in enumerate(points):
-            row = self._run(tools, implementation, point, index, device_of(platform))
+            if point in few:
+                row = self._run(tools, implementation, self._with_tokens(implementation, point, least), index,
+                                device_of(platform), self.most)
+            else:
+                row = self._run(tools, implementation, point, index, device_of(platform), self.cap)
             if point.where == "model":  # other values may sit on a tie by design
                 judged += row.rows
                 undecided += round(row.undecided * row.rows)
@@ -150,8 +187,10 @@ class _Verifier:
         for point in found.outside[:2 * self.budget]:
             yield self._refused(implementation, point)
 
-    def _run(self, tools: Harness, implementation: Implementation, point: Point, index: int, device: str) -> Row:
-        """One point, executed and judged. Whatever is raised is a failure: the box said it serves this.
+    def _run(self, tools: Harness, implementation: Implementation, point: Point, index: int, device: str,
+             most: float) -> Row:
+        """One point of at most `most` tokens, executed and judged. Whatever is raised is a failure: the box said it
+        serves this.
 
         Model workloads get plain values and various token counts, other points each flavour of values in turn."""
         is_model = point.where == "model"
@@ -160,17 +199,17 @@ class _Verifier:
         tokens = point.traits.get("num_tokens", _TOKENS[index % len(_TOKENS)])
         flavour = tools.flavours[0 if is_model else index % len(tools.flavours)]
         title = f"{point.about}: {_text(point)} ({flavour}, seed {self.seed + index})"
-        cap = _TOKENS_CAP.get(self.here.kind)
-        if cap is not None and tokens > cap:
+        if tokens > most:
             return self._row(implementation, point.where, title, NOT_RUN,
                              f"{tokens} tokens are too many for the {self.here}")
         try:
             kernel = self.registry.dispatch(self.op.name, implementation=implementation.name, **point.traits)
-            verdict, _ = tools.judge(kernel, point.traits, tokens=tokens, seed=self.seed + index, flavour=flavour,
-                                     device=device)
+            verdict, call = tools.judge(kernel, point.traits, tokens=tokens, seed=self.seed + index, flavour=flavour,
+                                        device=device)
         except Exception as error:
             return self._row(implementation, point.where, title, FAILED, "inside its box, but raised " + told(error))
-        self.ran.setdefault(implementation.name, []).append((point, tokens, flavour))
+        ran = _Ran(point, tokens, flavour, self.seed + index, device, call if tokens > self.cap else None)
+        self.ran.setdefault(implementation.name, []).append(ran)
         if verdict.passed is None:
             return self._row(implementation, point.where, title, NOT_RUN,
                              f"the oracle can't judge it: {verdict.detail}")
@@ -195,41 +234,70 @@ class _Verifier:
                              "expected a refusal by selection, got " + told(error))
         return self._row(implementation, "outside", title, FAILED, "outside its box, yet dispatched when named")
 
-    def _numerics(self, tools: Harness, implementations: Sequence[Implementation]) -> Iterator[Row]:
-        """Implementations that claim bit identity, each against the first of its tag that can run here."""
-        for tag in sorted({i.numerics for i in implementations if i.numerics}):
-            group = [i for i in self.op.implementations if i.numerics == tag]
-            runnable = [i for i in group if home(self.here, i) is not None]
-            for other in (i for i in group if i not in runnable):
-                yield self._row(other, "numerics", f"numerics {tag}", NOT_RUN, why_not_here(self.here, other))
-            for other in runnable[1:]:
-                yield from self._pair(tools, tag, runnable[0], other)
-
-    def _pair(self, tools: Harness, tag: str, first: Implementation, second: Implementation) -> Iterator[Row]:
-        shared = []
-        for implementation, other in ((first, second), (second, first)):
-            for index, (point, tokens, flavour) in enumerate(self.ran.get(implementation.name, ())):
-                request = self.op.space.request(point.traits, lambda: self.here)
-                if other.box.admits(request.traits):
-                    shared.append((point, tokens, flavour, self.seed + index))
-        if not shared:
-            yield self._row(second, "numerics", f"numerics {tag}", NOT_RUN,
-                            f"no sampled call is served by {first.name} too")
-        for point, tokens, flavour, seed in shared[:self.budget]:
-            outputs = []
-            title = f"bit for bit with {first.name}: {_text(point)} ({flavour}, seed {seed})"
-            try:
-                for implementation in (first, second):
-                    kernel = self.registry.dispatch(self.op.name, implementation=implementation.name, **point.traits)
-                    device = device_of(point.traits["platform"]) if "platform" in point.traits else device_of(self.here)
-                    outputs.append(bits(tools.judge(kernel, point.traits, tokens=tokens, seed=seed, flavour=flavour,
-                                                    device=device)[1]))
-            except Exception as error:
-                yield self._row(second, "numerics", title, FAILED, told(error))
+    def _numerics(self, tools: Harness, chosen: Sequence[Implementation]) -> Iterator[Row]:
+        """Every two implementations that claim bit identity and can share a call but for its number of tokens, at least
+        one of them chosen."""
+        names, told = {i.name for i in chosen}, set()
+        for first, second in combinations(self.op.implementations, 2):
+            if not first.numerics or first.numerics != second.numerics or not _meet(first.box, second.box):
                 continue
-            same = outputs[0] == outputs[1]
-            yield self._row(second, "numerics", title, PASSED if same else FAILED,
-                            "" if same else f"differs in some bit, though both declare numerics {tag!r}")
+            absent = next((i for i in (first, second) if home(self.here, i) is None), None)
+            mine = next((i for i in (absent, second, first) if i is not None and i.name in names), None)
+            if mine is None or (absent is not None and absent.name in told):
+                continue
+            if absent is None:
+                yield from self._pair(tools, mine, second if mine is first else first)
+                continue
+            told.add(absent.name)
+            yield self._row(mine, "numerics", f"numerics {mine.numerics}", NOT_RUN,
+                            f"{absent.name} " * (absent is not mine) + why_not_here(self.here, absent))
+
+    def _pair(self, tools: Harness, mine: Implementation, other: Implementation) -> Iterator[Row]:
+        shared = []  # what one ran, and the other with the number of tokens for it
+        for one, partner in ((other, mine), (mine, other)):
+            for ran in self.ran.get(one.name, ()):
+                traits = self.op.space.request(ran.point.traits, lambda: self.here).traits
+                tokens = nearest(partner.box.sets.get("num_tokens"), min(ran.tokens, self.cap))
+                served = partner.box.admits({**traits, "num_tokens": tokens})
+                if served and (tokens == ran.tokens or min(tokens, ran.tokens) > 0):
+                    shared.append((one, ran, partner, tokens))
+        costly = sorted((s for s in shared if s[3] <= self.most),
+                        key=lambda s: (s[3], s[1].point.where != "model", _size(s[1].point)))
+        shared = [s for s in shared if s[3] <= self.cap] or costly[:_FEW]
+        if not shared:
+            yield self._row(mine, "numerics", f"numerics {mine.numerics}", NOT_RUN,
+                            f"no sampled call is served by {other.name} too")
+        for one, ran, partner, tokens in shared[:self.budget]:
+            fewer = ""
+            if tokens != ran.tokens:
+                small, large = (partner, ran.tokens) if tokens < ran.tokens else (one, tokens)
+                fewer = f", {small.name} on the first {min(tokens, ran.tokens)} of {large} tokens"
+            title = f"bit for bit with {other.name}: {_text(ran.point)} ({ran.flavour}, seed {ran.seed}){fewer}"
+            if fewer and tools.prefix is None:
+                yield self._row(mine, "numerics", title, NOT_RUN, f"the cases of {self.op.name} have no `prefix`, so "
+                                "that calls of different numbers of tokens can't be compared")
+                continue
+            try:
+                same = self._same(tools, one, ran, partner, tokens)
+            except Exception as error:
+                yield self._row(mine, "numerics", title, FAILED, told(error))
+                continue
+            yield self._row(mine, "numerics", title, PASSED if same else FAILED,
+                            "" if same else f"differs in some bit, though both declare numerics {mine.numerics!r}")
+
+    def _same(self, tools: Harness, one: Implementation, ran: "_Ran", partner: Implementation, tokens: int) -> bool:
+        """Whether `partner` with `tokens` tokens gives the bits of `one` on what it ran, in the rows that both have."""
+        def kernel(implementation: Implementation, count: int):
+            fixed = {**ran.point.traits, "num_tokens": count} if "num_tokens" in self.op.space.traits else \
+                ran.point.traits
+            return self.registry.dispatch(self.op.name, implementation=implementation.name, **fixed)
+
+        (large, most), (small, count) = ((one, ran.tokens), (partner, tokens))[::1 if tokens <= ran.tokens else -1]
+        call = ran.call if large is one else None
+        if call is None:
+            call = tools.call(kernel(large, most), ran.point.traits, most, ran.seed, ran.flavour, ran.device)
+        args, kwargs, expected = call if count == most else tools.prefix(*call, count)
+        return bits(kernel(small, count)(*args, **kwargs)) == bits(expected)
 
     def _row(self, implementation: Implementation, where: str, point: str, outcome: str, detail: str = "",
              undecided: float = 0.0, rows: int = 0) -> Row:
@@ -238,3 +306,14 @@ class _Verifier:
 
 def _text(point: Point) -> str:
     return ", ".join(f"{k}={written(v)}" for k, v in point.traits.items())
+
+
+def _size(point: Point) -> int:
+    """What a call costs beside its tokens, to compare points of one box."""
+    return sum(v for name, v in point.traits.items() if name != "num_tokens" and type(v) is int)
+
+
+def _meet(one: Box, other: Box) -> bool:
+    """Whether no trait keeps the two from sharing a call, the number of tokens left out."""
+    return all(name == "num_tokens" or name not in other.sets or values.meets(other.sets[name])
+               for name, values in one.sets.items())

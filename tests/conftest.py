@@ -91,7 +91,7 @@ class Toy:
         for name, entry in implementations.items():
             entry = (
                 dict(entry)
-                if {"when", "target", "rank", "fallback", "numerics", "summary"} & set(entry)
+                if {"when", "target", "rank", "fallback", "numerics", "summary", "options"} & set(entry)
                 else {"when": entry}
             )
             when = {"platform": "any", "contiguous": "any", **entry.pop("when", {})}

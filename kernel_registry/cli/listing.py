@@ -20,7 +20,7 @@ def list_command(op: str | None, registry_file: str | None, overrides: tuple[str
     registry = open_registry(registry_file, overrides)
     ops = [registry.catalog.op(op)] if op else list(registry.catalog.ops.values())
     table(("op", "implementation", "platforms", "what it is", "declared at"),
-          [(o.name, i.name + " (fallback)" * i.fallback, i.box.sets.get("platform", "any"), i.summary, i.where)
+          [(o.name, i.name + " (fallback)" * i.fallback, i.box.sets.get("platform", "any"), _what(i), i.where)
            for o in ops for i in o.implementations])
     if op:
         click.echo(f"\nTraits of {op}:\n")
@@ -31,6 +31,11 @@ def list_command(op: str | None, registry_file: str | None, overrides: tuple[str
         click.echo(f"\nIts traits: kernel-registry list {ops[0].name}")
     for failure in registry.state.plugin_failures:
         click.echo(f"plugin {failure.name} is left out: {failure.error}", err=True)
+
+
+def _what(implementation) -> str:
+    options = ", ".join(f"{name}={written(value)}" for name, value in implementation.options.items())
+    return " ".join(filter(None, (implementation.summary, options and f"({options})")))
 
 
 def _default(trait, op) -> str:

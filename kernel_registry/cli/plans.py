@@ -66,9 +66,17 @@ def _print(config, rows: list[PlanRow], registry) -> None:
             click.echo(f"    note: {note}")
     click.echo()
     host = str(registry.platform())
-    table(("op", "layers", "platform", "kernel", "why"),
-          [(r.op, r.layers, r.platform + " (host)" * (r.platform == host), r.implementation or "NONE", r.why)
-           for r in rows], right=("layers",))
+    lines = []
+    for row in rows:  # a line for each case; what is as in the line above is left out
+        cells = (row.op, row.layers, row.platform + " (host)" * (row.platform == host))
+        told = ""
+        for case, reason in zip(row.explanation.cases, row.reasons):
+            lines.append((*cells, case.winner or "NONE", ", ".join(case.conditions), reason if reason != told else ""))
+            cells, told = ("", "", ""), reason
+    columns = ("op", "layers", "platform", "kernel", "when", "why")
+    conditional = any(line[4] for line in lines)
+    table([c for c in columns if c != "when" or conditional],
+          [line if conditional else (*line[:4], line[5]) for line in lines], right=("layers",))
 
 
 @click.command("diff", short_help="What two frozen plans have otherwise.")

@@ -10,7 +10,8 @@ from .common import call_line, interpret_option, open_registry, registry_options
 @click.command("run", short_help="Run a model's ops here and check the results.")
 @click.argument("config")
 @click.option("--tokens", type=click.IntRange(min=0), multiple=True, metavar="N",
-              help="Rows per call; may be repeated. Default: 1, 16 and 256 (1 and 16 in the interpreter).")
+              help="Rows per call; may be repeated. Default: 1, 16 and 256 (1 and 16 in the interpreter), and the "
+              "first count of each range that another kernel serves, where that takes seconds.")
 @click.option("--seed", default=0, show_default=True, help="Of the random inputs.")
 @interpret_option
 @registry_options
@@ -42,9 +43,11 @@ def run_command(ctx: click.Context, config: str, tokens: tuple[int, ...], seed: 
     table([c for c in columns if measured or c != "max weight error"],
           [[r.op, r.tokens, r.implementation or "NONE", r.verdict,
             *(["-" if r.max_weight_error is None else f"{r.max_weight_error:.1e}"] if measured else []),
-            f"{r.undecided} of {r.rows}", r.decided_by] for r in rows],
+            "-" if r.verdict == "not run" else f"{r.undecided} of {r.rows}", r.decided_by] for r in rows],
           right=("tokens", "max weight error", "undecided rows"))
-    failures = [r for r in rows if r.verdict != "passed"]
+    for row in (r for r in rows if r.verdict == "not run"):
+        click.echo(f"not run: {row.op} with {row.tokens} tokens ({row.implementation}): {row.detail}")
+    failures = [r for r in rows if r.verdict == "failed"]
     for row in failures:
         click.echo(f"failed: {row.op} with {row.tokens} tokens: {row.detail}", err=True)
     if failures:

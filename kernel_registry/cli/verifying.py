@@ -47,8 +47,8 @@ def verify_command(ctx: click.Context, ops: tuple[str, ...], implementations: tu
 def _print(report) -> None:
     click.echo(f"on {report.platform}, {report.budget} points per implementation, seed {report.seed}\n")
     table(("op", "implementation", "result", *_KINDS, "undecided model rows"),
-          [_summary(op, name, [r for r in report.rows if (r.op, r.implementation) == (op, name)])
-           for op, name in dict.fromkeys((r.op, r.implementation) for r in report.rows)],
+          [_summary(op, name, result, [r for r in report.rows if (r.op, r.implementation) == (op, name)])
+           for (op, name), result in report.results.items()],
           right=(*_KINDS, "undecided model rows"))
     unrun = Counter((r.implementation, r.detail) for r in report.rows if r.outcome == "not run")
     for (name, detail), count in unrun.items():
@@ -60,14 +60,13 @@ def _print(report) -> None:
     if len(report.failures) > _SHOWN:
         click.echo(f"and {len(report.failures) - _SHOWN} more failures; --json FILE has them all")
     passed = sum(r.outcome == "passed" for r in report.rows)
+    nothing = not report.ok and not report.failures
     click.echo(f"{passed} passed, {len(report.failures)} failed, {sum(unrun.values())} not run"
-               + ("" if passed or report.failures else ": nothing was verified on this machine"))
+               + ": nothing was verified on this machine" * nothing)
 
 
-def _summary(op: str, name: str, rows: list) -> list:
+def _summary(op: str, name: str, result: str, rows: list) -> list:
     counts = Counter((r.where, r.outcome) for r in rows)
-    outcomes = {r.outcome for r in rows}
-    result = next((o for o in ("failed", "passed", "not run") if o in outcomes), "not run")
     cells = []
     for kind in _KINDS:
         passed, failed, unrun = (counts[kind, outcome] for outcome in ("passed", "failed", "not run"))

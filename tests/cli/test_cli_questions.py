@@ -27,6 +27,16 @@ def test_list_shows_every_implementation_in_order_and_the_traits_of_an_op(run, o
     assert "per_group int performance (derived) = size // groups" in one
 
 
+def test_list_shows_the_options_of_those_that_have_any(run, op):
+    plain = run("list", "fake.double", "--registry", op.file).output
+    op.file.write_text(op.file.read_text().replace("summary: the quick one", "summary: the quick one, "
+                                                   "options: {rows: 2, early: true, launch: late}"))
+    told = run("list", "fake.double", "--registry", op.file).output
+    assert "the quick one (rows=2, early=true, launch=late)" in words(told)
+    rest = told.replace(" (rows=2, early=true, launch=late)", "")
+    assert words(rest.replace("─", "")) == words(plain.replace("─", ""))
+
+
 # ---- explain ---------------------------------------------------------------------------------------------------------
 
 def test_explain_says_who_and_why(run, op):
@@ -138,8 +148,18 @@ def test_plan_tells_choices_that_depend_on_the_number_of_tokens(run, op):
       few: target: PACKAGE.kernels:double, when: {platform: any, num_tokens: {max: 64}}
       many: target: PACKAGE.kernels:reference, when: {platform: any, num_tokens: {min: 65}}
     """)
-    output = words(run("plan", op.config, "--registry", op.file).output)
-    assert "few|many num_tokens < 65:" in output and "num_tokens >= 65:" in output
+    first, second = run("plan", op.config, "--registry", op.file).output.splitlines()[-2:]
+    assert words(first).startswith("fake.double 3 cpu (host) few num_tokens < 65 ")
+    assert words(second) == "many num_tokens >= 65"  # what it shares with the line above is not repeated
+
+
+def test_plan_tells_each_reason_where_they_differ(run, op, tmp_path):
+    path = tmp_path / "o.yaml"
+    path.write_text("version: 1\noverrides: [{op: fake.double, use: torch, when: {num_tokens: {max: 8}}}]\n")
+    output = run("plan", op.config, "--registry", op.file, "--overrides", path).output
+    first, second = (words(line) for line in output.splitlines()[-2:])
+    assert "torch num_tokens < 9 override: use torch" in first
+    assert second.startswith("quick num_tokens >= 9 size=16 (serves <= 64)")
 
 
 def test_a_plan_says_what_an_override_decided(run, op, tmp_path):

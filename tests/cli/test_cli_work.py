@@ -40,6 +40,18 @@ def test_verify_of_nothing_that_runs_is_no_success(run, wrong):
     assert result.exit_code == 1 and "nothing was verified on this machine" in result.output
 
 
+def test_verify_never_passes_what_only_refused(run, op, monkeypatch):
+    for name in ("_TOKENS_CAP", "_TOKENS_MOST"):
+        monkeypatch.setattr(f"kernel_registry.verify.{name}", {"cpu": 100}, raising=False)
+    file = op.registry("huge: target: PACKAGE.kernels:wrong, when: {platform: any, num_tokens: {min: 2000}}\n"
+                       "torch: target: PACKAGE.kernels:reference, fallback: true, when: {platform: any}")
+    result = run("verify", "--registry", file, "--budget", "9")
+    assert result.exit_code == 0 and "fake.double huge not run" in words(result.output)
+    assert "not run: huge: 2000 tokens are too many for the cpu" in result.output
+    alone = run("verify", "--registry", file, "--budget", "9", "--implementation", "huge")
+    assert alone.exit_code == 1 and "nothing was verified on this machine" in alone.output
+
+
 def test_verify_writes_json(run, op, tmp_path):
     path = tmp_path / "report.json"
     run("verify", "--registry", op.file, "--budget", "6", "--json", path)
@@ -65,6 +77,14 @@ def test_bench_shows_ratio_choice_and_regret(run, op):
     assert {r["implementation"] for r in data["rows"]} == {"quick", "torch"}
 
 
+@pytest.mark.parametrize("wrong, said", [(("--workload", "tinny"), "did you mean 'tiny'"),
+                                         (("--implementation", "quik"), "did you mean 'quick'"),
+                                         (("--op", "fake.dooble"), "did you mean 'fake.double'")])
+def test_bench_of_an_unknown_name_is_refused(run, op, wrong, said):
+    result = run("bench", "--registry", op.file, *wrong)
+    assert result.exit_code == 2 and said in result.stderr and result.stdout == ""
+
+
 def test_run_executes_and_checks(run, op):
     result = run("run", op.config, "--registry", op.file, "--tokens", "2", "--tokens", "5")
     assert result.exit_code == 0
@@ -77,6 +97,23 @@ def test_run_takes_the_default_token_counts(run, op):
     rows = [line.split()[1] for line in run("run", op.config, "--registry", op.file).output.splitlines()
             if line.startswith(" fake.double")]
     assert rows == ["1", "16", "256"]
+
+
+def test_run_takes_the_first_count_of_each_range_and_tells_what_takes_long(run, op):
+    op.registry("""
+      few: target: PACKAGE.kernels:double, when: {platform: any, num_tokens: {max: 63}}
+      some: target: PACKAGE.kernels:double, when: {platform: any, num_tokens: {min: 64, max: 50000}}
+      many: target: PACKAGE.kernels:double, when: {platform: any, num_tokens: {min: 50001}}
+    """)
+    result = run("run", op.config, "--registry", op.file)
+    rows = [words(line).split()[1:4] for line in result.output.splitlines() if line.startswith(" fake.double")]
+    assert rows == [["1", "few", "passed"], ["16", "few", "passed"], ["64", "some", "passed"],
+                    ["256", "some", "passed"], ["50001", "many", "not"]]
+    assert result.exit_code == 0
+    assert "not run: fake.double with 50001 tokens (many): takes long on the cpu; ask for it with --tokens 50001" \
+        in result.output
+    asked = run("run", op.config, "--registry", op.file, "--tokens", "50001")
+    assert "fake.double 50001 many passed" in words(asked.output) and "not run" not in asked.output
 
 
 def test_run_with_a_wrong_result_fails(run, op):

@@ -42,6 +42,7 @@ BASE = {"when": {"size": 8}}
 # key -> (an entry with it, what to look at): that a reader of that name exists is not enough
 EFFECTS = {
     "target": ({"target": "gone_module:f"}, lambda r, op: r.dispatch(op, size=8)(None)),
+    "options": ({"options": {"rows": 2}}, lambda r, op: r.dispatch(op, size=8).name),
     "summary": ({"summary": "one line"}, lambda r, op: r.catalog.op(op).by_name["a"].summary),
     "when": ({"when": {"size": 9}}, lambda r, op: r.dispatch(op, size=8).name),
     "rank": ({"rank": 7}, lambda r, op: r.catalog.op(op).by_name["a"].precedence),

@@ -177,7 +177,7 @@ def test_diff_names_what_changed(toy):
     )
     assert any("reference (registry) -> reference (override)" in line for line in lines)
     assert any(
-        "small {'num_tokens': {'max': 64}}" in line and "reference {'num_tokens': {'max': 9}} (override)" in line
+        "small when {num_tokens: {max: 64}}" in line and "reference when {num_tokens: {max: 9}} (override)" in line
         for line in lines
     )
     back = one.freeze().diff(plan)

@@ -285,6 +285,51 @@ def test_explain_tells_apart_the_ranges_that_nothing_serves(toy):
     assert registry.dispatch(toy.OP, size=8, num_tokens=3).name == "small"
 
 
+RANGES = {
+    "many": {"when": {"num_tokens": {"min": 1024}, "scoring": "any"}, "rank": 3},
+    "far": {"when": {"scoring": "softmax", "size": {"min": 16}, "num_tokens": {"max": 2048}}, "rank": 2},
+    "softmax": {"when": {"scoring": "softmax"}, "rank": 1},
+    "base": {"when": {"scoring": "any"}, "rank": 0},
+    "dense": {"when": {"contiguous": True, "has_bias": "any"}, "rank": -1},
+    "vast": {"when": {"num_tokens": {"min": 9000}, "has_bias": "any"}, "rank": -2},
+}
+
+
+def test_explain_tells_a_range_by_its_condition_and_not_by_a_value_picked_from_it(toy):
+    explanation = toy.registry(RANGES).explain(toy.OP, size=8)
+    few, many = explanation.cases
+    assert few.candidates[0].failures == ("num_tokens < 1024, serves >= 1024",)
+    assert (few.starts, many.starts) == ({"num_tokens": 0}, {"num_tokens": 1024})
+    assert "~ many     one predicate away: num_tokens < 1024, serves >= 1024" in explanation.text()
+    assert "num_tokens is" not in explanation.text() and "contiguous is" not in explanation.text()
+    assert "serves contiguous true only" in explanation.text()  # no condition: nothing depends on it
+    whole = toy.registry(RANGES).explain(toy.OP, size=8, implementation="base").text()
+    assert "serves num_tokens >= 9000 only" in whole and "when num_tokens" not in whole
+    assert "num_tokens is 3, serves >= 1024" in toy.registry(RANGES).explain(toy.OP, size=8, num_tokens=3).text()
+
+
+def test_explain_tells_once_what_serves_in_no_range(toy):
+    explanation = toy.registry(RANGES).explain(toy.OP, size=8)
+    softmax, size = "scoring is sigmoid, serves softmax", "size is 8, serves >= 16"
+    assert explanation.in_no_range == {"softmax": (softmax,), "far": (softmax, size)}
+    head, *ranges = explanation.text().split("  when ")
+    assert head.splitlines()[1:] == ["  in no range:", f"   x far      {softmax}; {size}",
+                                     f"   ~ softmax  one predicate away: {softmax}"]
+    assert len(ranges) == 2 and not any("softmax" in text or "far " in text for text in ranges)
+    data = json.loads(explanation.json())
+    assert [len(case["candidates"]) for case in data["cases"]] == [6, 6] and data["in_no_range"]["softmax"] == [softmax]
+    alone = toy.registry(RANGES).explain(toy.OP, size=8, num_tokens=3)
+    assert alone.in_no_range == {} and "in no range" not in alone.text()
+
+
+def test_explain_tells_once_what_an_override_takes_from_every_range(toy):
+    registry = toy.registry(RANGES)
+    registry.load_overrides(toy.overrides({"disable": "base", "reason": "incident 12"}))
+    explanation = registry.explain(toy.OP, size=8, contiguous=True)
+    assert list(explanation.in_no_range) == ["far", "softmax", "base"] and len(explanation.cases) == 2
+    assert explanation.text().count("   ~ base     one predicate away: disable base") == 1
+
+
 def test_explain_names_every_failing_predicate(toy):
     registry = toy.registry(
         {

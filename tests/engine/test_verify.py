@@ -45,6 +45,15 @@ def test_a_wrong_kernel_fails(op):
     assert any("off by 0.001" in r.detail for r in report.failures)
 
 
+def test_one_target_with_two_options_is_two_implementations(op):
+    op.extend("kernels", "\n\ndef off(*, by=1.0):\n    return lambda rows, factor=2.0: [[x * factor + by for x in row] "
+                         "for row in rows]\n")
+    entry = "{}: target: PACKAGE.kernels:off, options: {{by: {}}}, numerics: same, when: {{platform: any}}, rank: {}\n"
+    report = check(op, entry.format("right", 0.0, 0) + entry.format("wrong", 0.001, 1))
+    assert {(r.implementation, r.where) for r in report.failures} >= {("wrong", "inside"), ("right", "numerics")}
+    assert not outcomes(report, "right")["inside", "failed"] and outcomes(report, "right")["inside", "passed"]
+
+
 @pytest.mark.parametrize("kernel, said", [("wrong_above_64", "off by 1"), ("raises_above_64", "memory exhausted")])
 def test_a_kernel_declared_wider_than_it_serves_is_caught_at_the_edge(op, kernel, said):
     report = check(op, f"wide: target: PACKAGE.kernels:{kernel}, when: {{platform: any, size: {{max: 65}}}}")
@@ -229,3 +238,102 @@ def test_models_that_make_one_call_share_a_point(op):
     op.extend("cases", "\nWORKLOADS = {'a': {'size': 4}, 'b': {'size': 4}, 'c': {'size': 8}, 'other': {'size': 99}}\n")
     points = [r.point for r in check(op, GOOD, budget=9).rows if r.where == "model"]
     assert [p.partition(":")[0] for p in points] == ["a, b", "c"]  # other is outside the box
+
+
+# ---- boxes that differ by the number of tokens -----------------------------------------------------------------------
+
+MANY = "many: target: PACKAGE.kernels:{}, when: {{platform: any, groups: any, num_tokens: {{min: {}}}}}"
+
+
+@pytest.fixture
+def slow_machine(monkeypatch):
+    """A machine on which more than 100 tokens take long, and more than 2000 too long."""
+    monkeypatch.setattr("kernel_registry.verify._TOKENS_CAP", {"cpu": 100})
+    monkeypatch.setattr("kernel_registry.verify._TOKENS_MOST", {"cpu": 2000})
+
+
+def test_one_that_serves_many_tokens_only_is_run_at_a_few_small_points(op, slow_machine):
+    report = check(op, MANY.format("double", 500))
+    ran = [r for r in report.rows if r.where in ("model", "edge", "inside") and r.outcome == "passed"]
+    assert report.ok and {r.where for r in ran} == {"model", "edge", "inside"} and len(ran) == 3
+    assert all("num_tokens=500 " in r.point for r in ran) and sum(r.rows for r in ran) == 1500
+    assert ran[0].point.startswith("tiny: size=4,")  # the smaller of the two models
+    rest = [r for r in report.rows if r.outcome == "not run"]
+    assert rest and all("too many for the cpu" in r.detail for r in rest)
+    assert {r.where for r in check(op, MANY.format("wrong", 500)).failures} == {"model", "edge", "inside"}
+
+
+def test_refusals_alone_do_not_make_an_implementation_pass(op, slow_machine):
+    report = check(op, MANY.format("wrong", 2001))
+    assert outcomes(report)["outside", "passed"] and not report.failures
+    assert report.results == {("fake.double", "many"): "not run"} and not report.ok
+    assert not json.loads(report.json())["ok"] and '"result": "not run"' in report.json()
+
+
+def test_model_workloads_have_as_many_tokens_as_the_box_asks_for(op):
+    report = check(op, MANY.format("double", 7000))
+    assert outcomes(report)["model", "passed"] == 2 and report.ok
+    assert all("num_tokens=7000 " in r.point for r in report.rows if r.where == "model")
+
+
+PREFIX = """
+
+def prefix(args, kwargs, outputs, count):
+    return (args[0][:count],), kwargs, outputs[:count]
+"""
+FEW_AND_MANY = """
+few: target: PACKAGE.kernels:double, numerics: exact, rank: 1, when: {platform: any, num_tokens: {max: 64}}
+many: target: PACKAGE.kernels:%s, numerics: exact, when: {platform: any, num_tokens: {min: 500}}
+"""
+
+
+@pytest.mark.parametrize("cap", [100, 20_000])
+def test_those_that_share_no_number_of_tokens_are_compared_on_the_rows_that_both_have(op, monkeypatch, cap):
+    monkeypatch.setattr("kernel_registry.verify._TOKENS_CAP", {"cpu": cap})
+    op.extend("cases", PREFIX)
+    report = check(op, FEW_AND_MANY % "reference")
+    rows = [r for r in report.rows if r.where == "numerics"]
+    assert report.ok and rows and {r.outcome for r in rows} == {"passed"}
+    assert any("few on the first 64 of 500 tokens" in r.point for r in rows)
+    assert any("few on the first 33 of 500 tokens" in r.point for r in rows) == (cap > 500)
+    off = check(op, FEW_AND_MANY % "last_bit")
+    assert {r.where for r in off.failures} == {"numerics"} and {r.implementation for r in off.failures} == {"many"}
+    alone = check(op, FEW_AND_MANY % "last_bit", implementations=["few"])  # whose partner has run nothing by then
+    assert {(r.where, r.implementation) for r in alone.failures} == {("numerics", "few")}
+
+
+def test_one_that_computes_otherwise_when_there_are_few_rows_is_caught_by_the_rows_it_begins_with(op):
+    op.extend("cases", PREFIX)
+    op.extend("kernels", "\n\ndef by_rows(**_):\n    return lambda rows, factor=2.0: [[x * factor * (1 + 2**-52 * "
+                         "(len(rows) < 65)) for x in row] for row in rows]\n")
+    report = check(op, (FEW_AND_MANY % "reference").replace("kernels:double", "kernels:by_rows"))
+    assert {r.where for r in report.failures} == {"numerics"}
+
+
+def test_a_python_check_of_the_other_is_asked_whatever_the_number_of_tokens(op):
+    op.extend("cases", PREFIX)
+    op.write("checks", "def small(traits):\n    return 'too wide' if traits['size'] > 16 else None\n")
+    checked = FEW_AND_MANY.replace("{min: 500}}", "{min: 500}, python: [PACKAGE.checks:small]}")
+    assert check(op, checked % "reference").ok
+
+
+def test_without_a_prefix_such_a_claim_is_not_run(op):
+    rows = [r for r in check(op, FEW_AND_MANY % "last_bit").rows if r.where == "numerics"]
+    assert rows and {r.outcome for r in rows} == {"not run"} and "no `prefix`" in rows[0].detail
+
+
+THREE = """
+a: target: PACKAGE.kernels:double, numerics: exact, rank: 2, when: {platform: any}
+b: target: PACKAGE.kernels:double, numerics: exact, rank: 1, when: {platform: any, mode: fancy}
+c: target: PACKAGE.kernels:last_bit, numerics: exact, when: {platform: any, mode: [fancy]}
+"""
+
+
+def test_every_two_of_a_tag_are_compared_and_not_those_that_share_no_call(op):
+    report = check(op, THREE)
+    rows = [r for r in report.rows if r.where == "numerics"]
+    assert {r.implementation for r in rows} == {"c"} and "failed" in {r.outcome for r in rows}
+    assert all(r.point.startswith("bit for bit with b: ") for r in rows)  # a serves another mode
+    named = [r for r in check(op, THREE, implementations=["b"]).rows if r.where == "numerics"]
+    assert named and all(r.implementation == "b" and "bit for bit with c: " in r.point for r in named)
+    assert not [r for r in check(op, THREE, implementations=["a"]).rows if r.where == "numerics"]

@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
+GROUPED = "triton_biased_grouped|triton_biased_grouped_pairs"  # which of them, a call's num_tokens says
 
 
 @pytest.fixture
@@ -38,31 +39,34 @@ def test_every_script_is_tested():
 @pytest.mark.parametrize("interpreted", [False, True], ids=["cpu", "interpreter"])
 def test_quickstart(example, interpreted):
     out = example("quickstart", **({"TRITON_INTERPRET": "1"} if interpreted else {}))
-    name = "triton_biased_grouped" if interpreted else "torch"
-    assert out.startswith(f"interpreter runs {name}\n" if interpreted else f"cpu runs {name}\n")
-    assert re.search(rf"^   \* {name} +chosen$", out, re.M)
+    names = ["triton_biased_grouped", "triton_biased_grouped_pairs"] if interpreted else ["torch"]
+    assert out.startswith(f"{'interpreter' if interpreted else 'cpu'} runs {'|'.join(names)}\n")
+    assert re.findall(r"^   \* (\w+) +chosen$", out, re.M) == names[:1]  # for 16 tokens
     assert out.endswith("16 tokens agree with the definition\n")
 
 
 def test_override_and_reload(example):
     lines = example("override_and_reload").splitlines()
     assert [line for line in lines if line.startswith("serving")] == [
-        "serving with triton_biased_grouped", "serving with torch", "serving with triton_biased_grouped"]
+        f"serving with {GROUPED}", "serving with torch", f"serving with {GROUPED}"]
     assert "refused: overrides.yaml:4: moe.topk has no implementation 'triton_biased_gruoped'" in lines
-    assert any(line.startswith("override  disable triton_biased_grouped") and "overrides.yaml:4 (incident 42)" in line
-               for line in lines)
+    for place, name in ((4, "triton_biased_grouped"), (5, "triton_biased_grouped_pairs")):
+        assert any(line.startswith(f"override  disable {name}: ") and f"overrides.yaml:{place} (incident 42)" in line
+                   for line in lines)
 
 
 def test_freeze_and_compare(example):
     lines = example("freeze_and_compare").splitlines()
     assert lines[0].startswith("rank 0 and rank 1 agree: ")
     changed = [line for line in lines if line.startswith("  ~ moe.topk(")]
-    assert len(changed) == 1 and changed[0].endswith(": triton_biased_grouped (registry) -> torch (override)")
-    assert "from the plan: triton_biased_grouped" in lines
+    assert len(changed) == 1 and changed[0].endswith(" (registry) -> torch (override)")
+    assert re.search(r": triton_biased_grouped when {num_tokens: {max: \d+}} \(registry\) "
+                     r"\| triton_biased_grouped_pairs when {num_tokens: {min: \d+}} \(registry\) ->", changed[0])
+    assert f"from the plan: {GROUPED}" in lines
     assert lines[-1].startswith("not in the plan: ")
 
 
 def test_torch_op(example):
     assert example("torch_op").splitlines() == [
-        "2, 3 and 5 tokens: 1 graph, served by triton_biased_grouped",
-        "under an override: 1 graph, served so far by triton_biased_grouped, torch"]
+        f"2, 3 and 5 tokens: 1 graph, served by {GROUPED}",
+        f"under an override: 1 graph, served so far by {GROUPED}, torch"]

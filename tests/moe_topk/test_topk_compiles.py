@@ -1,6 +1,8 @@
-"""Both Triton routers compile ahead of time for every architecture they are declared for, without a GPU.
+"""The Triton router compiles ahead of time for every architecture it is declared for, without a GPU.
 
 Compiling is not running: that what comes out is right is tested in the interpreter, and on a GPU where there is one.
+What is read off the result is what makes the router fast: a row stays in its warp (no barrier, no shared memory), a
+full-warp maximum is one instruction, registers leave room for many warps, and a dependent launch waits before it reads.
 """
 
 from __future__ import annotations
@@ -9,67 +11,142 @@ import importlib.util
 import json
 
 import pytest
+from topk_support import routing
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32),
            "gfx942": ("hip", "gfx942", 64), "gfx950": ("hip", "gfx950", 64)}
-# experts, slots, groups, kept, shared, logits, options
-BOXES = [
-    (256, 8, 8, 4, 0, "fp32", ""), (256, 9, 8, 4, 1, "bf16", "map padding"), (36, 4, 3, 2, 0, "fp16", "strided"),
-    (680, 8, 17, 4, 0, "fp32", "strided"),
-    (256, 8, 1, 1, 0, "fp32", ""), (160, 9, 1, 1, 1, "bf16", "map padding"), (72, 6, 1, 1, 0, "fp16", "strided"),
-]
+LONGEST_SORTED = 16  # of the exact way, which scans longer lists in a loop
+
+
+def box(*shape, rows=1, launch=None, only=(), registers=None, options="", **other):
+    """What to compile: traits, the router's options, where (everywhere unless `only`), at most how many registers, and
+    of `options` map, padding, strided (logits of any strides at any address)."""
+    softmax = {"has_bias": False} if other.get("scoring") == "softmax" else {}
+    return dict(traits=routing(*shape, **softmax, **other), rows=rows, launch=launch, only=only, registers=registers,
+                options=options.split())
+
+
+HOPPER, NEW = ("sm_90",), ("sm_90", "sm_100")
+BOXES = {
+    "groups": box(256, 8, 8, 4, registers=64),
+    "map, padding, shared, pairs": box(80, 9, shared=1, dtype="bfloat16", bias_dtype="bfloat16", rows=2,
+                                       options="map padding"),
+    "softmax groups, quads, strided": box(48, 4, 4, 2, scoring="softmax", renormalize=False, dtype="float16", rows=4,
+                                          options="strided"),
+    "sqrtsoftplus, no bias": box(64, 6, scoring="sqrtsoftplus", has_bias=False, dtype="bfloat16"),
+    "long lists": box(896, 16, only=HOPPER),
+    "long lists of odd groups": box(306, 2, 17, 4, only=("sm_80", "gfx942")),
+    "pairs of groups": box(256, 8, 8, 4, rows=2, only=HOPPER, registers=64),
+    "one group": box(256, 8, only=HOPPER, registers=64),
+    "pairs": box(256, 8, rows=2, only=HOPPER, registers=64),
+    "early": box(48, 5, rows=2, launch="early", only=NEW),
+    "late": box(40, 6, launch="late", only=NEW),
+}
 CODE = '''
-import json, sys
+import json, os, re, subprocess, sys, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from kernel_registry.ops.moe.topk import triton_grouped, triton_single_group
+from kernel_registry.ops.moe.topk import triton_router
+from kernel_registry.traits.platform import Platform
 
-target, boxes = json.loads(sys.argv[1])
-done = []
-for experts, topk, groups, kept, shared, dtype, options in boxes:
-    kernel = triton_grouped.grouped_kernel if groups > 1 else triton_single_group.single_group_kernel
-    constants = dict(NUM_EXPERTS=experts, TOPK=topk, NUM_SHARED=shared, RENORMALIZE=True, MAP_SHARED="map" in options,
-                     WIDEST=4 if dtype == "fp32" else 8, ROWS=1, PTX=target[0] == "cuda")
-    if groups > 1:
-        constants.update(GROUPS=groups, TOPK_GROUP=kept, GROUP_LANES=32 // (1 << (groups - 1).bit_length()))
-    types = dict(logits=f"*{dtype}", bias="*fp32", weights_out="*fp32", ids_out="*i32", num_tokens="i32", row_stride="i32",
-                 routed_scaling_factor="fp32", shared_expert_weight="fp32")
-    if "map" in options:
-        types["expert_map"] = "*i64"
-    else:
-        constants["expert_map"] = None
-    if "padding" in options:
-        types["num_valid"] = "*i32"
-    else:
-        constants["num_valid"] = None
-    if "strided" in options:
-        types["column_stride"] = "i32"
-    else:
-        constants["column_stride"] = 1
-    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-    aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]]
-               for name in ("logits", "bias", "weights_out", "ids_out") if "strided" not in options}
-    made = triton.compile(ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned),
-                          target=GPUTarget(*target), options={"num_warps": 1, "num_stages": 1})
-    binary = made.asm["cubin" if target[0] == "cuda" else "hsaco"]
-    ptx = made.asm.get("ptx", "")
-    done.append([len(binary), made.metadata.shared, ptx.count("redux.sync"), "bar.sync" in ptx])
-print("RESULT " + json.dumps(done))
+SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+target, arch, boxes = json.loads(sys.argv[1])
+seen = []
+triton_router.kept_launch = lambda *of: seen.append(of)  # what the factory would launch, without launching
+triton_router.torch.version.cuda = "13.0" if target[0] == "cuda" else None
+
+
+def registers(cubin):
+    tool = getattr(triton.knobs.nvidia, "cuobjdump", None)
+    if tool is None or not os.path.exists(tool.path):
+        return None
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([tool.path, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+    return int(re.search(r"REG:(\\d+)", usage)[1])
+
+
+for made in boxes:
+    traits, wanted = made["traits"], made["options"]
+    triton_router.topk(**traits, platform=Platform.parse(arch), rows_per_program=made["rows"],
+                       dependent_launch=made["launch"])
+    (kernel, constants, options), with_shared = seen[-2:]
+    if "map" in wanted:
+        constants = with_shared[1]
+    types = dict(logits="*" + SHORT[traits["dtype"]], weights_out="*fp32", ids_out="*i32", num_tokens="i32",
+                 row_stride="i32", routed_scaling_factor="fp32", shared_expert_weight="fp32")
+    absent = {}
+    for name, given, kind, otherwise in (("bias", traits["has_bias"], "*" + SHORT[traits["bias_dtype"]], None),
+                                         ("expert_map", "map" in wanted, "*i64", None),
+                                         ("num_valid", "padding" in wanted, "*i32", None),
+                                         ("column_stride", "strided" in wanted, "i32", 1)):
+        if given:
+            types[name] = kind
+        else:
+            absent[name] = otherwise
+    aligned = {"weights_out", "ids_out", "bias", *(["logits", "row_stride"] if "strided" not in wanted else [])}
+    aligned &= types.keys()
+    result = triton.compile(
+        ASTSource(fn=kernel, signature={name: types.get(name, "constexpr") for name in kernel.arg_names},
+                  constexprs={**constants, **absent},
+                  attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}),
+        target=GPUTarget(*target), options=options)
+    cuda = target[0] == "cuda"
+    binary, ptx = result.asm["cubin" if cuda else "hsaco"], result.asm.get("ptx", "")
+    print("RESULT " + json.dumps(dict(
+        size=len(binary), shared=result.metadata.shared, reductions=ptx.count("redux.sync"), barrier="bar.sync" in ptx,
+        registers=registers(binary) if cuda and made["registers"] else None,
+        places={word: ptx.find(word) for word in ("griddepcontrol.wait", "griddepcontrol.launch_dependents",
+                                                  "ld.global", "st.global")})))
 '''
+
+
+def fewest_reductions(traits, rows):
+    """One for each expert and group chosen the fast way, two for each chosen exactly, but one loop where it scans."""
+    groups, kept = traits["num_expert_group"], traits["topk_group"]
+    routed = traits["topk"] - traits["num_fused_shared_experts"]
+    fast, exactly = routed, routed
+    lanes = 32 // (1 << (groups - 1).bit_length())
+    if -(-traits["num_experts"] // (groups * lanes)) > LONGEST_SORTED:
+        exactly = 1
+    if kept < groups:
+        fast, exactly = fast + kept + 1, exactly + kept
+    return rows * fast + 2 * exactly
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 @pytest.mark.parametrize("arch", TARGETS)
-def test_compiles(arch, python):
-    output = python(CODE, json.dumps([TARGETS[arch], BOXES]))
-    done = json.loads(output.split("RESULT ")[1])
-    assert len(done) == len(BOXES)
-    for (experts, topk, groups, kept, shared, *_), (size, shared_memory, reductions, barriers) in zip(BOXES, done):
-        assert size > 1000
-        if experts == 680:  # lists too long to sort are scanned in a loop, and its odd strides go through shared memory
+def test_compiles(arch, python, tmp_path):
+    names = [name for name, made in BOXES.items() if not made["only"] or arch in made["only"]]
+    output = python(CODE, json.dumps([TARGETS[arch], arch, [BOXES[name] for name in names]]),
+                    TRITON_CACHE_DIR=str(tmp_path / "cache"))
+    done = [json.loads(line) for line in output.split("RESULT ")[1:]]
+    assert len(done) == len(names)
+    for name, got in zip(names, done):
+        made = BOXES[name]
+        print(f"{arch} {name}: {got}")
+        assert got["size"] > 1000, name
+        assert got["shared"] == 0 and not got["barrier"], name
+        if not arch.startswith("sm"):
             continue
-        assert shared_memory == 0
-        if arch.startswith("sm"):  # a row stays in its warp, and a full-warp maximum is one instruction
-            assert not barriers
-            assert reductions >= 2 * (topk - shared) + (2 * kept if kept < groups else 0)
+        assert got["reductions"] >= fewest_reductions(made["traits"], made["rows"]), name
+        if got["registers"] is not None and arch == "sm_90":
+            assert got["registers"] <= made["registers"], name
+        waits, starts, reads, writes = got["places"].values()
+        assert 0 < reads < writes
+        if made["launch"] is None:
+            assert waits == starts == -1, name
+        elif made["launch"] == "early":
+            assert 0 < waits < starts < reads, name
+        else:
+            assert 0 < waits < reads < starts, name
+
+
+def test_every_kind_is_compiled():
+    made = BOXES.values()
+    assert {m["rows"] for m in made} == {1, 2, 4} and {m["launch"] for m in made} == {None, "early", "late"}
+    assert {m["traits"]["dtype"] for m in made} == {"float32", "bfloat16", "float16"}
+    assert {m["traits"]["scoring"] for m in made} == {"sigmoid", "softmax", "sqrtsoftplus"}
+    assert {word for m in made for word in m["options"]} == {"map", "padding", "strided"}

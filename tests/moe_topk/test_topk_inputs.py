@@ -17,7 +17,8 @@ BAD = {
     "no bias": (dict(bias=None), r"correction_bias is None.*has_bias=True"),
     "bias length": (dict(bias=torch.zeros(63)), r"correction_bias is \[63\].*expected \[64\] float32"),
     "bias rank": (dict(bias=torch.zeros(1, 64)), r"correction_bias is \[1, 64\]"),
-    "bias dtype": (dict(bias=torch.zeros(64, dtype=torch.float16)), r"correction_bias is .*float16.*expected .*float32"),
+    "bias dtype": (dict(bias=torch.zeros(64, dtype=torch.float16)),
+                   r"correction_bias is .*float16.*expected .*float32"),
     "bias device": (dict(bias=torch.zeros(64, device="meta")), r"correction_bias is .*meta"),
     "map length": (dict(expert_map=torch.arange(63)), r"expert_map is \[63\].*expected \[64\] or \[65\]"),
     "map dtype": (dict(expert_map=torch.zeros(64)), r"expert_map is .*float32.*int32 or int64"),
@@ -32,7 +33,8 @@ def placed(value, device):
     return value.to(device) if isinstance(value, torch.Tensor) and value.device.type == "cpu" else value
 
 
-@pytest.mark.parametrize("traits", [routing(64, 7, 8, 4, shared=1), routing(64, 7, shared=1)], ids=["grouped", "single"])
+@pytest.mark.parametrize("traits", [routing(64, 7, 8, 4, shared=1), routing(64, 7, shared=1)],
+                         ids=["grouped", "single"])
 @pytest.mark.parametrize("about", BAD)
 def test_refused(traits, about, device):
     changed, message = BAD[about]
@@ -41,12 +43,16 @@ def test_refused(traits, about, device):
     for name in implementations(traits):
         with pytest.raises(InputError, match=message):
             kernel(name, traits)(given.pop("logits"), given.pop("bias"), **given)
-        given = {key: placed(value, device) for key, value in {"logits": torch.zeros(3, 64), "bias": torch.zeros(64), **changed}.items()}
+        given = {"logits": torch.zeros(3, 64), "bias": torch.zeros(64), **changed}
+        given = {key: placed(value, device) for key, value in given.items()}
 
 
 def test_a_bias_that_was_not_announced(device):
-    with pytest.raises(InputError, match="has_bias=False"):
-        kernel("reference", routing(64, 4, has_bias=False))(torch.zeros(1, 64, device=device), torch.zeros(64, device=device))
+    logits, bias = torch.zeros(1, 64, device=device), torch.zeros(64, device=device)
+    traits = routing(64, 4, has_bias=False)
+    for name in implementations(traits):
+        with pytest.raises(InputError, match="has_bias=False"):
+            kernel(name, traits)(logits, bias)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that the tensors are not on")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from topk_support import implementations, judged, routing
+from topk_support import implementations, judged, named, routing
 
 from kernel_registry.ops.moe.topk import cases
 
@@ -21,13 +21,27 @@ SHAPES = [
 ]
 
 
-def named(traits):
-    groups = f"-{traits['num_expert_group']}g{traits['topk_group']}" if traits["num_expert_group"] > 1 else ""
-    shared = f"-shared{traits['num_fused_shared_experts']}" if traits["num_fused_shared_experts"] else ""
-    return f"{traits['num_experts']}e{groups}-k{traits['topk']}{shared}"
+SOFT, SPARSE = dict(scoring="softmax", has_bias=False), dict(scoring="sqrtsoftplus")
+SHAPES += [
+    # softmax: Qwen3, Qwen3-Next, gpt-oss, Mixtral, DeepSeek-V2 and its Lite; Hunyuan-like and the edges
+    routing(128, 8, **SOFT), routing(512, 10, **SOFT), routing(128, 4, **SOFT), routing(8, 2, **SOFT),
+    routing(160, 6, 8, 3, renormalize=False, **SOFT), routing(64, 6, renormalize=False, **SOFT),
+    routing(66, 8, shared=2, renormalize=False, **SOFT), routing(162, 8, 6, 3, shared=2, **SOFT),
+    routing(2, 1, **SOFT), routing(16, 1, renormalize=False, **SOFT), routing(896, 16, **SOFT), routing(40, 32, **SOFT),
+    routing(512, 8, 2, 1, **SOFT), routing(1024, 8, 32, 4, renormalize=False, **SOFT), routing(1024, 32, **SOFT),
+    # sqrtsoftplus: DeepSeek-V4, in groups, without a bias
+    routing(256, 6, **SPARSE), routing(256, 8, 8, 4, **SPARSE), routing(384, 7, shared=1, **SPARSE),
+    routing(256, 6, has_bias=False, **SPARSE), routing(64, 6, 8, 4, has_bias=False, renormalize=False, **SPARSE),
+    # sigmoid without a bias; one routed expert, whose group may be decided by the second best of a lane
+    routing(16, 1, has_bias=False, renormalize=False), routing(128, 8, has_bias=False),
+    routing(64, 6, 8, 4, has_bias=False), routing(64, 1, 8, 2), routing(256, 2, 8, 1, shared=1),
+    routing(64, 1, 8, 1, **SPARSE), routing(64, 1, 8, 2, **SOFT),
+]
+CALLS = [pytest.param(name, t, id=f"{name}-{named(t)}") for t in SHAPES for name in implementations(t)]
 
 
-CALLS = [pytest.param(name, traits, id=f"{name}-{named(traits)}") for traits in SHAPES for name in implementations(traits)]
+def test_the_triton_router_serves_every_shape():
+    assert all("triton_router" in implementations(traits) for traits in SHAPES)
 
 
 @pytest.mark.parametrize("name,traits", CALLS)
@@ -39,7 +53,7 @@ def test_shape(name, traits, device):
 
 @pytest.mark.parametrize("bias_dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("traits", [routing(192, 6, 8, 4), routing(160, 6)], ids=named)
+@pytest.mark.parametrize("traits", [routing(192, 6, 8, 4), routing(160, 6), routing(96, 6, **SPARSE)], ids=named)
 def test_dtypes(traits, dtype, bias_dtype, device):
     traits = {**traits, "dtype": dtype, "bias_dtype": bias_dtype}
     for name in implementations(traits):
@@ -47,18 +61,35 @@ def test_dtypes(traits, dtype, bias_dtype, device):
             judged(name, traits, 17, flavour=flavour, seed=3, device=device)
 
 
-FLAVOURED = [routing(128, 8, 8, 4), routing(48, 7, 3, 2, shared=1), routing(96, 6), routing(33, 8, shared=2)]
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("traits", [
+    routing(128, 8, **SOFT), routing(160, 6, 8, 3, renormalize=False, **SOFT), routing(96, 6, has_bias=False),
+    routing(96, 6, has_bias=False, **SPARSE)], ids=named)
+def test_dtypes_of_logits(traits, dtype, device):
+    for name in implementations(traits):
+        for flavour in ("random", "large", "tiny_scores"):
+            judged(name, {**traits, "dtype": dtype}, 15, flavour=flavour, seed=3, device=device)
+
+
+FLAVOURED = [
+    routing(128, 8, 8, 4), routing(48, 7, 3, 2, shared=1), routing(96, 6), routing(33, 8, shared=2),
+    routing(128, 8, **SOFT), routing(8, 2, **SOFT), routing(64, 8, 8, 3, shared=2, renormalize=False, **SOFT),
+    routing(72, 6, **SPARSE), routing(64, 6, 8, 4, **SPARSE), routing(48, 7, has_bias=False, shared=1, **SPARSE),
+    routing(64, 6, 8, 4, has_bias=False), routing(40, 4, has_bias=False, renormalize=False),
+]
 
 
 @pytest.mark.parametrize("flavour", cases.FLAVOURS)
 @pytest.mark.parametrize("traits", FLAVOURED, ids=named)
-def test_flavour(traits, flavour, device):
+def test_flavour(traits, flavour, device, tiles_of):
+    tiles_of(32)
     for name in implementations(traits):
         for seed in (1, 2):
             judged(name, traits, 21, flavour=flavour, seed=seed, device=device)
 
 
-@pytest.mark.parametrize("traits", [routing(128, 8, 8, 4), routing(96, 6)], ids=named)
+@pytest.mark.parametrize("traits", [routing(128, 8, 8, 4), routing(96, 6), routing(96, 6, **SOFT),
+                                    routing(64, 6, 8, 4, **SOFT), routing(96, 6, **SPARSE)], ids=named)
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 @pytest.mark.parametrize("renormalize", [True, False])
 def test_weights(traits, renormalize, scale, device):
@@ -68,9 +99,12 @@ def test_weights(traits, renormalize, scale, device):
             judged(name, traits, 17, flavour=flavour, device=device, routed_scaling_factor=scale)
 
 
-@pytest.mark.parametrize("traits", [routing(256, 8, 8, 4), routing(256, 8)], ids=named)
-def test_few_rows_are_undecided(traits, device):
+@pytest.mark.parametrize("traits", [
+    routing(256, 8, 8, 4), routing(256, 8), routing(128, 8, **SOFT), routing(160, 6, 8, 3, **SOFT),
+    routing(256, 6, **SPARSE)], ids=named)
+def test_few_rows_are_undecided(traits, device, tiles_of):
     """The comparison means something: under 1% of random rows are too close to call."""
+    tiles_of(128)
     for name in implementations(traits):
         verdict = judged(name, traits, 600, device=device)
         print(f"{name} {named(traits)}: {verdict.undecided} of {verdict.rows} rows undecided")
@@ -78,11 +112,11 @@ def test_few_rows_are_undecided(traits, device):
 
 
 @pytest.mark.parametrize("traits", [
-    routing(128, 8, scoring="softmax", has_bias=False), routing(160, 6, 8, 3, scoring="softmax", has_bias=False, renormalize=False),
-    routing(64, 6, scoring="softmax"), routing(256, 6, scoring="sqrtsoftplus"), routing(256, 8, 8, 4, scoring="sqrtsoftplus"),
-    routing(64, 4, has_bias=False), routing(64, 6, 8, 4, has_bias=False), routing(16, 1, scoring="softmax", has_bias=False),
-    routing(64, 4, 64, 8, has_bias=False), routing(128, 8, 64, 8), routing(2048, 40),
-], ids=lambda t: f"{t['scoring']}-{'bias' if t['has_bias'] else 'plain'}-{named(t)}")
+    routing(128, 8, **SOFT), routing(160, 6, 8, 3, renormalize=False, **SOFT), routing(64, 6, scoring="softmax"),
+    routing(256, 6, **SPARSE), routing(256, 8, 8, 4, **SPARSE), routing(64, 4, has_bias=False),
+    routing(64, 6, 8, 4, has_bias=False), routing(16, 1, **SOFT), routing(64, 4, 64, 8, has_bias=False),
+    routing(128, 8, 64, 8), routing(2048, 40),
+], ids=lambda t: f"{'bias' if t['has_bias'] else 'plain'}-{named(t)}")
 @pytest.mark.parametrize("flavour", cases.FLAVOURS)
 def test_reference_serves_the_rest(traits, flavour, device):
     judged("reference", traits, 14, flavour=flavour, seed=5, device=device)
@@ -90,9 +124,9 @@ def test_reference_serves_the_rest(traits, flavour, device):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("traits", [
-    routing(256, 9, 8, 4, shared=1), routing(96, 6), routing(160, 6, 8, 3, scoring="softmax", has_bias=False),
-    routing(64, 6, scoring="sqrtsoftplus"), routing(64, 6, renormalize=False),
-], ids=lambda t: f"{t['scoring']}-{named(t)}")
+    routing(256, 9, 8, 4, shared=1), routing(96, 6), routing(160, 6, 8, 3, **SOFT), routing(64, 6, **SPARSE),
+    routing(64, 6, renormalize=False),
+], ids=named)
 def test_scores_in_the_dtype_of_the_logits(traits, dtype, device):
     """score_dtype="logits" is the eager sequence, bit for bit."""
     for bias_dtype in {dtype, "float32"}:

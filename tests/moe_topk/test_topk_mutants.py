@@ -1,74 +1,425 @@
-"""Ten classic router bugs, each put into each implementation by changing one line: the numerics suite must find them all."""
+"""Bugs put in by changing one line: ten classic ones into each implementation, and those that the Triton router's fast
+way invites. The numerics suite must find the ten; each of the others is found by one call that is named beside it.
+
+A row in doubt is decided exactly, so a change that only makes more doubt costs time and no result: HARMLESS lists those
+that were looked at, and why nothing can find them.
+"""
 
 from __future__ import annotations
 
 import importlib
 import itertools
+import random
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
-from topk_support import numerics_failure
+import torch
+from topk_support import numerics_failure, routing
 
 from kernel_registry.ops.moe import topk as package
+from kernel_registry.ops.moe.topk import cases, oracle
 
 SOURCES = Path(package.__file__).parent
+FACTORY, ROUTER, PACKED, GROUPS = "triton_router.py", "router_kernel.py", "packed.py", "groups.py"
+EXACT, SCORES, LANES, NETWORKS, REFERENCE = "exact.py", "scores.py", "lanes.py", "networks.py", "reference.py"
 _numbers = itertools.count()
 
-# bug -> implementation -> (file, the line's part, what replaces it)
-COMMON, GROUPED, SINGLE, REFERENCE = "triton_common.py", "triton_grouped.py", "triton_single_group.py", "reference.py"
+# ---- inputs that a mutant is found by: name -> (traits, tokens, how they are made) -----------------------------------
+
+UNIT = 8 * 2.0**-23  # of the packed numbers, where fewer experts than lanes make the window its widest
+NARROW, SOFT = routing(24, 4), routing(24, 4, scoring="softmax", has_bias=False)
+PAIRED = routing(24, 4, rows_per_program=2)
+FEW_GROUPS, SOFT_GROUPS = routing(32, 4, 4, 2), routing(32, 4, 4, 2, scoring="softmax", has_bias=False)
+ROOT = routing(24, 4, scoring="sqrtsoftplus")
+RAW = routing(24, 4, scoring="softmax", has_bias=False, renormalize=False, rows_per_program=2)
+LONG, LONGER = routing(160, 4), routing(306, 3, 17, 17)  # 5 and 18 experts a lane: more than a list holds; scanned
+
+
+def near_choices(together, traits=NARROW, tokens=14, step=0.35):
+    """Rows whose choices, from the best down, come in clusters of `together`, `step` units apart inside one and 20 from
+    the next, so that some round to one number, and none to that of another cluster. Drawn for each row are the experts'
+    places, and where the units begin."""
+    generator = torch.Generator().manual_seed(together)
+    experts = traits["num_experts"]
+    place = torch.stack([torch.randperm(experts, generator=generator) for _ in range(tokens)])
+    units = place // together * 20.3 + place % together * step + torch.rand(tokens, 1, generator=generator)
+    return -4 * UNIT * units, torch.zeros(experts)  # a sigmoid's slope at 0 is a quarter
+
+
+def near_biases():
+    """As near_choices(2), but it is the bias that the choices differ by."""
+    return torch.zeros(2, 24), near_choices(2, tokens=1)[0][0] / 4
+
+
+def near_groups(traits=FEW_GROUPS, tokens=14):
+    """Rows whose groups have scores 0.7 units apart, from members that round this way and that."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.full((tokens, 4, 8), -2.0)
+    for row in logits:
+        total = torch.randperm(4, generator=generator) * 0.7
+        first = 10 * torch.rand(4, generator=generator)
+        row[:, 3], row[:, 5] = 4 * UNIT * first, 4 * UNIT * (total - first)
+    bias = torch.zeros(32)
+    bias[0] = -20  # the window is at its widest
+    return logits.reshape(tokens, 32), bias
+
+
+def overfull():
+    """The four best experts of a row share a lane, which has five in all, whose list holds three; in many orders."""
+    logits = torch.linspace(-4, -3, 160).repeat(32, 1)
+    for row, order in enumerate(random.Random(0).sample([*itertools.permutations([-9, 0.5, 1.0, 1.5, 2.0])], 32)):
+        logits[row, [4 * row, 4 * row + 1, 4 * row + 2, 4 * row + 3, 128 + row]] = torch.tensor(order)
+    return logits, torch.zeros(160)
+
+
+def far_groups():
+    """A group of one great choice and others far below the window, and a better one of moderate choices."""
+    bias = torch.full((32,), -20.0)
+    bias[3], bias[16:24] = 1.0, -3.0
+    return torch.zeros(2, 32), bias
+
+
+def offset_groups():
+    """Biases about 100, a float32 place apart: sums of two round, those of groups 0 and 1 to the same number."""
+    place, bias = 2.0**-17, torch.full((32,), 99.9)
+    bias[3], bias[5] = 100 + 2 * place, 100 + place
+    bias[11], bias[13] = 100 + 2 * place, 100 + 2 * place
+    return torch.zeros(2, 32), bias
+
+
+def next_row_alike():
+    """The last chosen of each even row has the choice of the first chosen of the next row, which has a lower id."""
+    logits = torch.full((14, 24), -3.0)
+    logits[0::2, 8:12] = torch.tensor([2.0, 1.5, 1.0, 0.5])
+    logits[1::2, 4:8] = torch.tensor([0.5, 0.25, 0.0, -0.25])
+    return logits, torch.zeros(24)
+
+
+def near_in_odd_rows(together, step=0.35):
+    """Of two rows that share a warp, only the second has choices that packing can't tell apart."""
+    logits, bias = near_choices(together, step=step)
+    logits[0::2] = torch.arange(24) * -0.1
+    return logits, bias
+
+
+def far_apart():
+    """Logits of about 300 and of about -300 in turns, a few apart."""
+    logits = torch.arange(24).flip(0).repeat(14, 1) * 0.5
+    logits[0::2] += 300
+    logits[1::2] -= 300
+    return logits, None
+
+
+def one_great_choice(great, small, moderate, others):
+    """One group's best two choices come from the logits `great` and `small`, another's both from `moderate`."""
+    logits = torch.full((2, 32), float(others))
+    logits[:, 9], logits[:, 12], logits[:, 17], logits[:, 22] = great, small, moderate, moderate
+    return logits, torch.zeros(32)
+
+
+def above_the_window():
+    """Scores far above what the window holds: up to 60, of sqrtsoftplus."""
+    return 60 + 4000 * torch.rand(14, 24, generator=torch.Generator().manual_seed(0)), torch.zeros(24)
+
+
+def nan_in_a_full_group():
+    """As many are chosen as the kept group has experts, but one of those is NaN: some expert dropped goes before it."""
+    logits = torch.full((2, 288), -1.0)
+    logits[:, 90:99] = torch.arange(9) * 0.1
+    logits[:, 93] = float("nan")
+    return logits, torch.zeros(288)
+
+
+def flavour(name, traits, tokens=14, seed=0):
+    return traits, lambda: cases.inputs(traits, tokens, seed=seed or len(name), flavour=name)[0]
+
+
+NAMED = {
+    "pairs": (NARROW, lambda: near_choices(2)),
+    "a pair at the end": (routing(24, 5), lambda: near_choices(2)),
+    "pairs by bias": (NARROW, near_biases),
+    "two equal": (NARROW, lambda: near_choices(2, step=0.0)),
+    "triples": (routing(24, 6), lambda: near_choices(3, step=0.22)),
+    "a pair at the end of odd rows": (routing(24, 5, rows_per_program=2), lambda: near_in_odd_rows(2)),
+    "triples in odd rows": (routing(24, 6, rows_per_program=2), lambda: near_in_odd_rows(3, step=0.22)),
+    "alike in the next row": (PAIRED, next_row_alike),
+    "near groups": (FEW_GROUPS, near_groups),
+    "far groups": (routing(32, 1, 4, 1), far_groups),
+    "sums that round": (routing(32, 2, 4, 1), offset_groups),
+    "an overfull lane": (LONG, overfull),
+    "far apart": (routing(24, 4, scoring="softmax", has_bias=False, rows_per_program=2), far_apart),
+    "above the window": (ROOT, above_the_window),
+    "a group above the window": (routing(32, 2, 4, 1, scoring="sqrtsoftplus"),
+                                 lambda: one_great_choice(400, -5, 25, -5)),
+    "a group near the window's top": (routing(32, 2, 4, 1), lambda: one_great_choice(5, -0.85, 0.49, -6)),
+    "NaN in a full group": (routing(288, 9, 32, 1), nan_in_a_full_group),
+    "two experts a lane": flavour("constant", routing(64, 4)),
+    "many experts": flavour("random", routing(288, 8), tokens=8),
+    "many experts, softmax": flavour("random", routing(288, 4, scoring="softmax", has_bias=False), tokens=4),
+    "scanned": flavour("constant", LONGER, tokens=2),
+    "random": flavour("random", NARROW),
+    "random, two rows a warp": flavour("random", PAIRED),
+    "one of groups": flavour("random", routing(64, 1, 8, 1), tokens=32),
+    "random, groups": flavour("random", FEW_GROUPS),
+    "random, softmax groups": flavour("random", SOFT_GROUPS),
+    "random, softmax not renormalised": flavour("random", RAW),
+    "random, sqrtsoftplus": flavour("random", ROOT),
+    "large": flavour("large", NARROW),
+    "tiny scores": flavour("tiny_scores", NARROW),
+    "ties, groups": flavour("ties", FEW_GROUPS),
+    "signed zeros, softmax": flavour("signed_zero", SOFT),
+    "not finite": flavour("nonfinite", NARROW),
+    "tiny scores, sqrtsoftplus": flavour("tiny_scores", ROOT),
+    "not finite, groups": flavour("nonfinite", FEW_GROUPS),
+    "not finite, softmax": flavour("nonfinite", routing(40, 6, scoring="softmax", has_bias=False), tokens=21),
+    "not finite, softmax groups": flavour("nonfinite", SOFT_GROUPS, tokens=21),
+    "not finite, sqrtsoftplus": flavour("nonfinite", ROOT, tokens=21),
+}
+
+
+def failure(module, name, device) -> str:
+    """What the oracle says of a module's result for NAMED inputs, or where it is another than the reference's."""
+    traits, make = NAMED[name]
+    args = tuple(a if a is None else a.to(device) for a in make())
+    outputs = module.topk(**traits)(*args)
+    verdict = oracle.check(traits, args, {}, outputs)
+    if not verdict.passed:
+        return verdict.detail
+    if name in ("sums that round", "alike in the next row"):  # where every score is exact in any float32
+        expected = package_reference(**traits)(*args)[1]
+        if not torch.equal(outputs[1], expected):
+            return f"chose {outputs[1].tolist()}, the reference {expected.tolist()}"
+    return ""
+
+
+def package_reference(**traits):
+    return importlib.import_module(f"{package.__name__}.reference").topk(**traits)
+
+
+# ---- the ten: bug -> implementation -> (file, the line's part, what replaces it) -------------------------------------
+
+GROUPED, SINGLE, PLAIN = "triton_router, groups", "triton_router, one group", "reference"
+SERVES = {GROUPED: ("triton_router", True), SINGLE: ("triton_router", False), PLAIN: ("reference", None)}
 
 
 def both(*change):
-    return {"triton_grouped": change, "triton_single_group": change}
+    return {GROUPED: change, SINGLE: change}
 
 
-SCORE = "score = common.chosen_scores(logits, chosen, rows, live, row_stride, column_stride, ROUTED, MASK_ROWS)"
-MUTANTS = {
+TEN = {
     "second largest of a group must be another value": {
-        "triton_grouped": (GROUPED, "second = tl.maximum(tl.minimum(a_first, b_first), tl.maximum(a_second, b_second))",
-                           "second = tl.maximum(tl.where(a_first == b_first, common.REMOVED, tl.minimum(a_first, b_first)), "
-                           "tl.maximum(a_second, b_second))"),
-        "reference": (REFERENCE, "best = torch.gather(choice, -1, _rank(choice)[..., :2 if has_bias else 1])",
-                      "best = torch.stack([choice.amax(-1), choice.masked_fill(choice == choice.amax(-1, True), -1e9).amax(-1)], -1)")},
+        GROUPED: (GROUPS, "score = score + (second >> BITS)",
+                  "score = score + tl.where((first >> BITS) == (second >> BITS), -8388608, second >> BITS)"),
+        PLAIN: (REFERENCE, "best = torch.gather(choice, -1, _rank(choice)[..., :2 if has_bias else 1])",
+                "best = torch.stack([choice.amax(-1), choice.masked_fill(choice == choice.amax(-1, True), -1e9)"
+                ".amax(-1)], -1)")},
     "dropped groups are filled with 0": {
-        "triton_grouped": (COMMON, "NEG_INF_KEY = tl.constexpr(-2139095041)", "NEG_INF_KEY = tl.constexpr(0)"),
-        "reference": (REFERENCE, '~keep.repeat_interleave(group_size, dim=1), float("-inf"))',
-                      "~keep.repeat_interleave(group_size, dim=1), 0.0)")},
+        GROUPED: (EXACT, "masked = tl.where(ids[i] == NO_ID, REMOVED, NEG_INF_KEY)",
+                  "masked = tl.where(ids[i] == NO_ID, REMOVED, 0)"),
+        PLAIN: (REFERENCE, '~keep.repeat_interleave(group_size, dim=1), float("-inf"))',
+                "~keep.repeat_interleave(group_size, dim=1), 0.0)")},
     "weights from the biased choice": {
-        "triton_grouped": (GROUPED, SCORE, SCORE + " + tl.load(bias + chosen)"),
-        "triton_single_group": (SINGLE, SCORE, SCORE + " + tl.load(bias + chosen)"),
-        "reference": (REFERENCE, "weights = torch.gather(score, 1, ids)", "weights = torch.gather(choice, 1, ids)")},
+        **both(ROUTER, "weight = tl.where(routed, scores.weight(x, top, SCORING), 0.0)",
+               "weight = tl.where(routed, scores.weight(x, top, SCORING) + (tl.load(bias + chosen, mask=routed,"
+               " other=0.0) if HAS_BIAS else 0.0), 0.0)"),
+        PLAIN: (REFERENCE, "weights = torch.gather(score, 1, ids)", "weights = torch.gather(choice, 1, ids)")},
     "no epsilon in the renormalisation": {
-        **both(COMMON, "weight = weight / (tl.sum(weight, axis=1)[:, None] + 1e-20)", "weight = weight / tl.sum(weight, axis=1)[:, None]"),
-        "reference": (REFERENCE, "weights = weights / (total + 1e-20)", "weights = weights / total")},
+        **both(ROUTER, "weight = weight / (segment_sums(weight, SLOTS, ROWS) + 1e-20)",
+               "weight = weight / segment_sums(weight, SLOTS, ROWS)"),
+        PLAIN: (REFERENCE, "weights = weights / (total + 1e-20)", "weights = weights / total")},
     "sigmoid by tanh": {
-        **both(COMMON, "return tl.where(x == x, 1.0 / (1.0 + e), 0.0)",
-               "return tl.where(x == x, 0.5 * ((1.0 - e) / (1.0 + e)) + 0.5, 0.0)"),
-        "reference": (REFERENCE, "return torch.sigmoid(x)", "return 0.5 * torch.tanh(0.5 * x) + 0.5")},
+        **both(SCORES, "score = 1.0 / (1.0 + accurate_exp(-x))",
+               "score = 0.5 * ((1.0 - accurate_exp(-x)) / (1.0 + accurate_exp(-x))) + 0.5"),
+        PLAIN: (REFERENCE, "return torch.sigmoid(x)", "return 0.5 * torch.tanh(0.5 * x) + 0.5")},
     "bias rounded to bfloat16": {
-        **both(COMMON, "mask=exists, other=0.0).to(tl.float32),)", "mask=exists, other=0.0).to(tl.bfloat16).to(tl.float32),)"),
-        "reference": (REFERENCE, "choice = score + correction_bias.float()", "choice = score + correction_bias.bfloat16().float()")},
+        **both(LANES, 'tl.load(bias + expert, mask=exists, other=float("-inf")).to(tl.float32),)',
+               'tl.load(bias + expert, mask=exists, other=float("-inf")).to(tl.bfloat16).to(tl.float32),)'),
+        PLAIN: (REFERENCE, "choice = score + correction_bias.float()",
+                "choice = score + correction_bias.bfloat16().float()")},
     "ties to the highest id": {
-        **both(COMMON, "winner = tl.min(tl.where(keys[0] == best, ids[0], NO_ID), axis=1)[:, None]",
+        **both(EXACT, "winner = tl.min(tl.where(keys[0] == best, ids[0], NO_ID), axis=1)[:, None]",
                "winner = tl.max(tl.where(keys[0] == best, ids[0], -1), axis=1)[:, None]"),
-        "reference": (REFERENCE, "ids = _rank(choice)[:, :routed]", "ids = num_experts - 1 - _rank(choice.flip(-1))[:, :routed]")},
+        PLAIN: (REFERENCE, "ids = _rank(choice)[:, :routed]",
+                "ids = num_experts - 1 - _rank(choice.flip(-1))[:, :routed]")},
     "NaN like an expert already taken": {
-        **both(COMMON, "NAN_KEY = tl.constexpr(-2147483647)", "NAN_KEY = tl.constexpr(-2147483648)"),
-        "reference": (REFERENCE, "ids = _rank(choice)[:, :routed]",
-                      "ids = _rank(choice)[:, :routed] * ~choice.gather(1, _rank(choice)[:, :routed]).isnan()")},
+        **both(EXACT, "NAN_KEY = tl.constexpr(-2147483647)", "NAN_KEY = tl.constexpr(-2147483648)"),
+        PLAIN: (REFERENCE, "ids = _rank(choice)[:, :routed]",
+                "ids = _rank(choice)[:, :routed] * ~choice.gather(1, _rank(choice)[:, :routed]).isnan()")},
     "one slot too few": {
-        "triton_grouped": (GROUPED, "chosen = common.select(best_keys, best_ids, ROUTED, ROWS)",
-                           "chosen = common.select(best_keys, best_ids, ROUTED - 1, ROWS)"),
-        "triton_single_group": (SINGLE, "chosen = common.select(keys, ids, ROUTED, ROWS)",
-                                "chosen = common.select(keys, ids, ROUTED - 1, ROWS)"),
-        "reference": (REFERENCE, "ids = _rank(choice)[:, :routed]", "ids = _rank(choice)[:, 1:routed + 1]")},
+        **both(ROUTER, "routed = (slot < ROUTED) & (tile_of_lane < TILES) & live",
+               "routed = (slot < ROUTED - 1) & (tile_of_lane < TILES) & live"),
+        PLAIN: (REFERENCE, "ids = _rank(choice)[:, :routed]", "ids = _rank(choice)[:, 1:routed + 1]")},
     "the scaling factor is forgotten": {
-        **both(COMMON, "weight = weight * routed_scaling_factor", "weight = weight * 1.0"),
-        "reference": (REFERENCE, "weights = (weights * routed_scaling_factor).float()", "weights = weights.float()")},
+        **both(ROUTER, "weight = weight * routed_scaling_factor", "weight = weight * 1.0"),
+        PLAIN: (REFERENCE, "weights = (weights * routed_scaling_factor).float()", "weights = weights.float()")},
 }
-SERVES = {"triton_grouped": True, "triton_single_group": False, "reference": None}
+
+# ---- the fast way's own: bug -> (file, the line's part, what replaces it, the NAMED inputs that find it) -------------
+
+MUTANTS = {
+    # packing
+    "ids not turned over": (PACKED, "+ (~ids[i] & MASK),)", "+ (ids[i] & MASK),)", "random"),
+    "ids of eight bits": (PACKED, "return max(8, (num_experts - 1).bit_length())", "return 8", "many experts"),
+    "the top of the window overflows": (PACKED, "BELOW_ONE: tl.constexpr = 1.0 - POWER / 4194304",
+                                        "BELOW_ONE: tl.constexpr = 1.0", "many experts, softmax"),
+    "no clamping": (PACKED, "inside = tl.minimum(tl.maximum(choice * scale + offset, 0.0), 1.0)",
+                    "inside = choice * scale + offset", "large", "interpreter"),
+    "no clamping, on NVIDIA": (PACKED, "fma.rn.sat.f32", "fma.rn.f32", "large", "cuda"),
+    "no clamping above": (PACKED, "inside = tl.minimum(tl.maximum(choice * scale + offset, 0.0), 1.0)",
+                          "inside = tl.maximum(choice * scale + offset, 0.0)", "above the window", "interpreter"),
+    "NaN at the top of the window": (PACKED, "inside = tl.minimum(tl.maximum(choice * scale + offset, 0.0), 1.0)",
+                                     "inside = tl.maximum(tl.minimum(choice * scale + offset, 1.0), 0.0)",
+                                     "not finite", "interpreter"),
+    "the window too low for groups": (PACKED, '"sigmoid": 1.0, "sqrtsoftplus": 7', '"sigmoid": 0.5, "sqrtsoftplus": 7',
+                                      "a group near the window's top"),
+    # lists
+    "a needed exchange left out": (NETWORKS, "needed |= {i, j}", "needed |= {i}", "many experts"),
+    "a list's overflow is not seen": (PACKED, "left_out = tl.maximum(lists[0], rest)", "left_out = lists[0]",
+                                      "an overfull lane"),
+    "not the best that did not fit": (PACKED, "min(len(choices), DEPTH + 1))", "min(len(choices), DEPTH))",
+                                      "an overfull lane"),
+    "dropped groups above the window": (PACKED, "kept = kept + (tl.where(keep, lists[place], EMPTY),)",
+                                        "kept = kept + (tl.where(keep, lists[place], 0),)", "random, groups"),
+    "dropped groups stay": (PACKED, "kept = kept + (tl.where(keep, lists[place], EMPTY),)",
+                            "kept = kept + (lists[place],)", "random, groups"),
+    # doubt and repair
+    "a tie at the boundary is no doubt": (PACKED, "return chosen, ((left_out | ((1 << BITS) - 1)) >= last)",
+                                          "return chosen, (left_out >= last)", "a pair at the end"),
+    "neighbours are never tied": (PACKED, "following = tl.gather(chosen, tl.minimum(lane + 1, LANES - 1), 1)",
+                                  "following = ~chosen", "pairs"),
+    "rows are tied to each other": (PACKED, "((((chosen ^ following) >> BITS) == 0) & (lane % SLOTS < COUNT - 1))",
+                                    "((((chosen ^ following) >> BITS) == 0) & (lane < LANES - 1))",
+                                    "alike in the next row"),
+    "ties alone are not repaired": (ROUTER, "doubts = tl.reduce(doubts | (tied << TILES), 1, either)[:, None]",
+                                    "doubts = tl.reduce(doubts, 1, either)[:, None]", "pairs"),
+    "repair never swaps": (PACKED, "return tl.where(swap, other_id, ids), tied & tied_before",
+                           "return ids, tied & tied_before", "pairs"),
+    "repair always swaps": (PACKED, "return tl.where(swap, other_id, ids), tied & tied_before",
+                            "return tl.where((tied | tied_before) > 0, other_id, ids), tied & tied_before", "pairs"),
+    "repair swaps only one of two": (PACKED, "| ((tied_before > 0) & (other_goes_first == 0))", "", "pairs"),
+    "repair puts the higher id first": (PACKED, "((other_key == keys) & (other_id < ids))",
+                                        "((other_key == keys) & (other_id > ids))", "two equal"),
+    "repair without the bias": (ROUTER, "choice = choice + tl.load(bias + chosen, mask=found, other=0.0)",
+                                "choice = choice + tl.zeros_like(choice)", "pairs by bias"),
+    "a last chosen below the window is no doubt": (PACKED, ">= last) | (last <= below_window(BITS))", ">= last)",
+                                                   "NaN in a full group"),
+    "three in a row are no doubt": (PACKED, "return tl.where(swap, other_id, ids), tied & tied_before",
+                                    "return tl.where(swap, other_id, ids), tied & 0", "triples"),
+    # several rows a warp
+    "doubt of every row told of the first": (ROUTER, "tl.where(doubt, 1 << tile, 0)", "tl.where(doubt, 1, 0)",
+                                             "a pair at the end of odd rows"),
+    "three in a row told of the first row": (ROUTER, "tl.reduce(between << tile_of_lane, 1, either)",
+                                             "tl.reduce(between, 1, either)", "triples in odd rows"),
+    "the exact way overwrites the other row": (ROUTER, "this = again & (tile_of_lane == which)", "this = again",
+                                               "a pair at the end of odd rows"),
+    "the exact way reads the first row": (ROUTER, "logits, bias, first + which, valid, row_stride",
+                                          "logits, bias, first, valid, row_stride", "a pair at the end of odd rows"),
+    "every tile is the first row": (ROUTER, "scale, offset, chosen, first + tile, valid, row_stride,",
+                                    "scale, offset, chosen, first, valid, row_stride,", "random, two rows a warp"),
+    "tiles share their lanes": (PACKED, "lane == TILE * SLOTS + taken", "lane % SLOTS == taken",
+                                "random, two rows a warp"),
+    "sums over the whole warp": (ROUTER, "total = tl.sum(tl.reshape(x, shape), axis=2)",
+                                 "total = tl.broadcast_to(tl.sum(x, axis=1)[:, None], [ROWS, LANES // SLOTS])",
+                                 "random, two rows a warp"),
+    "the largest logit of the whole warp": (ROUTER, "top = tl.max(tl.reshape(x, shape), axis=2)",
+                                            "top = tl.broadcast_to(tl.max(x, axis=1)[:, None], [ROWS, LANES // SLOTS])",
+                                            "far apart"),
+    "totals of the first row": (ROUTER, "total = lanes.exp_sum(logits, tile_top, first + tile, first + tile < valid,",
+                                "total = lanes.exp_sum(logits, tile_top, first, first + tile < valid,",
+                                "random, softmax not renormalised"),
+    # groups
+    "lists of one": (FACTORY, "2 if has_bias and topk_group < num_expert_group else 1", "1", "one of groups"),
+    "group scores without a margin": (GROUPS, "(last - following <= margin(offset) * (MASK + 1))",
+                                      "(last - following <= 0)", "near groups"),
+    "a margin that does not grow": (GROUPS, "tl.minimum(tl.abs(offset), 8388608.0)", "tl.minimum(tl.abs(offset), 0.0)",
+                                    "sums that round"),
+    "a second choice below the window is no doubt": (GROUPS, "<= packed.below_window(BITS)) & (group < GROUPS)",
+                                                     "<= packed.below_window(BITS)) & (group < 0)", "far groups"),
+    "a score above the window is no doubt": (GROUPS, 'if SCORING == "sqrtsoftplus":', 'if SCORING == "none":',
+                                             "a group above the window"),
+    "groups without a bias by two choices": (
+        ROUTER, "groups.keep_fast(lists, offset, SCORING, GROUPS, TOPK_GROUP, GROUP_LANES, ROWS, HAS_BIAS, BITS)",
+        "groups.keep_fast(lists, offset, SCORING, GROUPS, TOPK_GROUP, GROUP_LANES, ROWS, True, BITS)",
+        "random, softmax groups"),
+    "one group too many": (GROUPS, "for _ in tl.static_range(TOPK_GROUP - 1):", "for _ in tl.static_range(TOPK_GROUP):",
+                           "random, groups"),
+    "ties to the highest group": (GROUPS, "winner = tl.min(tl.where(score == best, group, lanes.NO_ID), axis=1)",
+                                  "winner = tl.max(tl.where(score == best, group, -1), axis=1)", "ties, groups"),
+    "a group's second largest must be another value, exactly": (
+        GROUPS, "first = exact.ordered_key(exact.key_value(first) + exact.key_value(second))",
+        "first = exact.ordered_key(exact.key_value(first) + tl.where(first == second, -9.0, exact.key_value(second)))",
+        "ties, groups"),
+    # the exact way
+    "equal experts of a lane in the wrong order": (
+        EXACT, "swap = (keys[B] > keys[A]) | ((keys[B] == keys[A]) & (ids[B] < ids[A]))",
+        "swap = (keys[B] > keys[A]) | ((keys[B] == keys[A]) & (ids[B] > ids[A]))", "two experts a lane"),
+    "lists cut one round early": (EXACT, "return min(length, count - taken)",
+                                  "return max(1, min(length, count - taken - 1))", "two experts a lane"),
+    "a scan from the front": (EXACT, "place = tl.where(keys[len(keys) - 1 - i] == best, len(keys) - 1 - i, place)",
+                              "place = tl.where(keys[i] == best, i, place)", "scanned"),
+    "scanned experts stay": (EXACT, "left = left + (tl.where(place == i, REMOVED, keys[i]),)",
+                             "left = left + (keys[i],)", "scanned"),
+    # softmax
+    "a NaN row keeps its window": (PACKED, "tl.maximum(top, choices[i], propagate_nan=tl.PropagateNan.ALL)",
+                                   "tl.maximum(top, choices[i])", "not finite, softmax"),
+    "a row whose lane begins with NaN keeps its window": (
+        PACKED, "key = tl.where(top == top, exact.ordered_key(top), exact.INF_KEY)", "key = exact.ordered_key(top)",
+        "not finite, softmax"),
+    "a row with NaN has scores": (EXACT, "top = tl.max(tl.where(void, INF_KEY, top), axis=1)[:, None]",
+                                  "top = tl.max(top, axis=1)[:, None]", "not finite, softmax"),
+    "a row of +inf has scores": (EXACT, "void = (top == INF_KEY) | (top == NEG_INF_KEY)", "void = top == NEG_INF_KEY",
+                                 "not finite, softmax"),
+    "a row of -inf has scores": (EXACT, "void = (top == INF_KEY) | (top == NEG_INF_KEY)", "void = top == INF_KEY",
+                                 "not finite, softmax groups"),
+    "a row without scores has weights": (ROUTER, "routed = routed & (void == 0)", "routed = routed & (void == void)",
+                                         "not finite, softmax"),
+    "a logit of -0.0 is below +0.0": (SCORES, "return x + 0.0  # -0.0", "return x  # -0.0", "signed zeros, softmax"),
+    # scores
+    "a digit of the polynomial": (SCORES, "+ 0.106036607", "+ 0.106063607", "random, sqrtsoftplus"),
+    "a small score loses its digits": (
+        SCORES, "return tl.where(x > 0, tl.sqrt(x + e * p), half_exp * tl.sqrt(p))",
+        "return tl.sqrt(tl.maximum(x, 0.0) + tl.log(1.0 + e))", "tiny scores, sqrtsoftplus"),
+    "half of ln(2)": (SCORES, "+ n * 2.12194440e-4", "+ 0.0", "tiny scores"),
+    "exp without its ends": (SCORES, "x = tl.minimum(tl.maximum(x, -104.0), 104.0)", "x = x + 0.0", "not finite"),
+    "NaN is a weight": (SCORES, "return tl.where(x == x, score, 0.0)", "return score", "not finite"),
+    "inf over inf is a weight": (ROUTER, "weight = tl.where(weight == weight, weight, 0.0)", "weight = weight",
+                                 "not finite, sqrtsoftplus"),
+}
+
+# bug that is none -> (file, the line's part, what replaces it, why no result differs)
+HARMLESS = {
+    "a list's last is not emptied": (
+        PACKED, "popped = popped + (tl.where(won, EMPTY, lists[place]),)", "popped = popped + (lists[place],)",
+        "an expert that stays is left out with the last chosen's number: a doubt"),
+    "packed ties to the highest group": (
+        GROUPS, "* (MASK + 1)) | (MASK - group)", "* (MASK + 1)) | group",
+        "equal scores are within the margin: a doubt"),
+    "padded rows may be in doubt": (
+        ROUTER, "return chosen, (doubt | unclear) & live[:, None]", "return chosen, doubt | unclear",
+        "they are decided again, for nothing"),
+    "what did not fit in dropped groups counts as left out": (
+        PACKED, "return kept, tl.where(keep, rest, EMPTY)", "return kept, rest", "more doubt"),
+    "the first lane is its own neighbour": (
+        PACKED, "tied_before = tl.where(lane > 0, tl.gather(tied, before, 1), 0)",
+        "tied_before = tl.gather(tied, before, 1)",
+        "where that swaps wrongly the lane is tied to both sides, so the row is decided again"),
+    "a tie is a doubt of the first row": (
+        ROUTER, "doubts | (tied << TILES), 1, either", "doubts | tied, 1, either", "more doubt"),
+    "an infinite largest logit is no NaN": (
+        SCORES, "x = x - top  # NaN", "x = x + 0.0  # NaN", "rows whose largest is an infinity have no scores: void"),
+    "short lists are scanned": (
+        EXACT, "LONGEST_SORTED = tl.constexpr(16)", "LONGEST_SORTED = tl.constexpr(1)", "the same by another way"),
+    "lists of two": (
+        PACKED, "/ lanes**depth > 1e-3", "/ lanes**depth > 1.0", "more lists overflow, which is seen"),
+    "twice the window": (
+        PACKED, '"sigmoid": 8.0, "sqrtsoftplus": 16.0, "softmax": 16.0',
+        '"sigmoid": 16.0, "sqrtsoftplus": 32.0, "softmax": 32.0',
+        "coarser numbers, more doubt"),
+}
+HARMLESS_ON = ("pairs", "triples in odd rows", "an overfull lane", "not finite", "not finite, groups",
+               "not finite, softmax")
 
 
 @pytest.fixture
@@ -82,7 +433,7 @@ def copied(tmp_path, monkeypatch):
         if file:
             path = tmp_path / name / file
             text = path.read_text()
-            assert text.count(line) == 1, f"{file} has the line {text.count(line)} times, the mutant needs it once: {line}"
+            assert text.count(line) == 1, f"{file} has {line!r} {text.count(line)} times, the mutant needs it once"
             assert "\n" not in line + changed
             path.write_text(text.replace(line, changed))
         importlib.invalidate_caches()
@@ -95,18 +446,46 @@ def copied(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("implementation", SERVES)
 def test_the_copy_as_it_is_passes(copied, implementation, device):
-    assert numerics_failure(copied(implementation), grouped=SERVES[implementation], device=device) == ""
+    name, grouped = SERVES[implementation]
+    assert numerics_failure(copied(name), grouped=grouped, device=device) == ""
 
 
-@pytest.mark.parametrize("bug,implementation", [(bug, i) for bug, served in MUTANTS.items() for i in served])
-def test_killed(copied, bug, implementation, device):
-    found = numerics_failure(copied(implementation, *MUTANTS[bug][implementation]), grouped=SERVES[implementation], device=device)
+@pytest.mark.parametrize("bug,implementation", [(bug, i) for bug, served in TEN.items() for i in served])
+def test_the_suite_kills(copied, bug, implementation, device):
+    name, grouped = SERVES[implementation]
+    found = numerics_failure(copied(name, *TEN[bug][implementation]), grouped=grouped, device=device)
     print(f"{bug} in {implementation}: {found}")
     assert found
 
 
 def test_there_are_ten():
-    assert len(MUTANTS) == 10
-    assert all("reference" in served for served in MUTANTS.values())
-    assert sum("triton_grouped" in s for s in MUTANTS.values()) == 10
-    assert sum("triton_single_group" in s for s in MUTANTS.values()) == 8  # two of the bugs need groups
+    assert len(TEN) == 10
+    assert all(PLAIN in served and GROUPED in served for served in TEN.values())
+    assert sum(SINGLE in served for served in TEN.values()) == 8  # two of the bugs need groups
+
+
+@pytest.mark.parametrize("inputs", NAMED)
+def test_the_router_as_it_is_passes(inputs, device):
+    assert failure(importlib.import_module(f"{package.__name__}.triton_router"), inputs, device) == ""
+
+
+@pytest.mark.parametrize("bug", MUTANTS)
+def test_killed(copied, bug, device):
+    file, line, changed, inputs, *only = MUTANTS[bug]
+    if only and only != ["cuda" if device == "cuda" and torch.version.cuda else "interpreter"]:
+        pytest.skip(f"a line that runs with {only[0]} only")
+    found = failure(copied("triton_router", file, line, changed), inputs, device)
+    print(f"{bug}, by {inputs}: {found}")
+    assert found
+
+
+def test_every_input_finds_something():
+    assert {name for _, _, _, name, *_ in MUTANTS.values()} | {*HARMLESS_ON} == set(NAMED)
+
+
+@pytest.mark.parametrize("bug", HARMLESS)
+def test_harmless(copied, bug, device):
+    file, line, changed, why = HARMLESS[bug]
+    module = copied("triton_router", file, line, changed)
+    for inputs in HARMLESS_ON:
+        assert failure(module, inputs, device) == "", f"{inputs}; no result was to differ, because: {why}"

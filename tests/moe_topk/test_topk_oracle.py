@@ -96,7 +96,8 @@ def test_groups_that_are_nearly_tied():
     logits, bias = torch.zeros(1, 8), torch.tensor([1, 1, 0.5, 0, 1, 1 + 2**-23, 0.5, 0])
     weights = torch.full((1, 2), 0.5)
     for ids, fine in (([0, 1], True), ([5, 4], True), ([0, 5], False), ([0, 2], False)):
-        assert oracle.check(traits, (logits, bias), {}, (weights, torch.tensor([ids], dtype=torch.int32))).passed == fine
+        outputs = weights, torch.tensor([ids], dtype=torch.int32)
+        assert oracle.check(traits, (logits, bias), {}, outputs).passed == fine
 
 
 def test_a_logit_of_minus_infinity_leaves_the_tie_near():
@@ -128,7 +129,8 @@ def test_scores(scoring, function):
 
 def test_softmax_scores():
     e = [math.exp(v) for v in (0.5, -2.0, 3.0)]
-    np.testing.assert_allclose(oracle.scores64(np.array([[0.5, -2.0, 3.0]]), "softmax")[0], [v / sum(e) for v in e], rtol=1e-14)
+    got = oracle.scores64(np.array([[0.5, -2.0, 3.0]]), "softmax")[0]
+    np.testing.assert_allclose(got, [v / sum(e) for v in e], rtol=1e-14)
 
 
 @pytest.mark.parametrize("change", [lambda w, i: w[0].__setitem__(0, torch.nextafter(w[0, 0], torch.tensor(9.0))),
@@ -165,7 +167,7 @@ def test_cases_are_reproducible_and_named_flavours_only():
         assert torch.equal(a, b)
     with pytest.raises(ValueError, match="flavour 'odd' is not one of random"):
         cases.inputs(TRAITS, 5, flavour="odd")
-    strided = cases.inputs({**TRAITS, "contiguous": False}, 5)[0][0], cases.inputs({**TRAITS, "contiguous": False}, 5, seed=1)[0][0]
+    strided = [cases.inputs({**TRAITS, "contiguous": False}, 5, seed=seed)[0][0] for seed in (0, 1)]
     assert not any(t.is_contiguous() for t in strided)
 
 

@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from topk_support import (DECIDING_GROUP, deciding_group, implementations, judged, kernel, routing, run, same_bits)
+from topk_support import (DECIDING_GROUP, deciding_group, implementations, judged, kernel, routing, row_counts, run,
+                          same_bits)
 
 from kernel_registry.ops.moe.topk import cases
 
@@ -16,10 +17,14 @@ NAN, INF = float("nan"), float("inf")
 
 
 def each(traits_list):
-    return [pytest.param(name, t, id=f"{name}-{t['num_expert_group']}") for t in traits_list for name in implementations(t)]
+    return [pytest.param(name, t, id=f"{name}-{t['num_expert_group']}{t['scoring'].replace('sigmoid', '')}")
+            for t in traits_list for name in implementations(t)]
 
 
 ALL = pytest.mark.parametrize("name,traits", each(BOTH))
+OTHERS = [routing(64, 6, 8, 4, scoring="softmax", has_bias=False),
+          routing(64, 6, scoring="sqrtsoftplus", has_bias=False)]
+ANY_SCORING = pytest.mark.parametrize("name,traits", each(BOTH + OTHERS))
 
 
 @pytest.mark.parametrize("name", implementations(DECIDING_GROUP))
@@ -37,7 +42,7 @@ def test_experts_of_dropped_groups_are_masked_even_when_all_choices_are_negative
 
 @pytest.mark.parametrize("name", implementations(GROUPED))
 def test_masked_means_minus_infinity(name, device):
-    """Kept groups with too few numbers: experts of dropped groups (-inf) rank above NaN, and tie with a bias of -inf."""
+    """Kept groups with too few numbers: experts of dropped groups (-inf) rank above NaN, tie with a bias of -inf."""
     logits, bias = torch.zeros(2, 64, device=device), torch.zeros(64, device=device)
     logits[:, 2:] = NAN  # groups 1 to 7 have no number: ties between them go to the lowest ids, 1 to 3 are kept
     logits[1, 0] = NAN  # group 0 has one number: its sum is NaN like all others
@@ -99,7 +104,8 @@ def test_huge_choices_keep_their_order(name, traits, device):
 def test_group_scores_that_overflow_tie(name, device):
     bias = torch.full((64,), 3e38, device=device)
     bias[56:] = 3.4e38  # their sums are +inf, as all the others are
-    assert run(name, {**GROUPED, "topk_group": 1}, torch.zeros(1, 64, device=device), bias)[1][0].tolist() == list(range(6))
+    ids = run(name, {**GROUPED, "topk_group": 1}, torch.zeros(1, 64, device=device), bias)[1]
+    assert ids[0].tolist() == list(range(6))
 
 
 @ALL
@@ -154,7 +160,7 @@ def test_only_zero_scores_give_zero_weights(name, traits, device):
     assert weights.abs().max() <= 1e-18
 
 
-@ALL
+@ANY_SCORING
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("with_shared", [False, True])
 def test_expert_map(name, traits, dtype, with_shared, device):
@@ -172,7 +178,7 @@ def test_expert_map(name, traits, dtype, with_shared, device):
     assert torch.equal(kernel(name, traits)(*args, expert_map=spread)[1], expected)
 
 
-@ALL
+@ANY_SCORING
 @pytest.mark.parametrize("live", [-2, 0, 1, 18, 19, 20, 2**40])
 def test_padded_rows(name, traits, live, device):
     """Rows at or past num_token_non_padded: ids -1, weights 0, shared slots too; the others as if alone."""
@@ -190,22 +196,24 @@ def test_padded_rows(name, traits, live, device):
         assert (ids[count:] == -1).all() and (weights[count:] == 0).all()
 
 
-@ALL
+@ANY_SCORING
 def test_strides(name, traits, device):
     (logits, bias), _ = cases.inputs(traits, 12, device=device)
     made = kernel(name, traits)
     expected = made(logits, bias)
     wide = torch.full((24, 200), NAN, device=device)
-    views = {"rows of a wider tensor": wide[:12, 5:69], "every other row": wide[::2, :64], "every third column": wide[:12, :192:3],
-             "transposed": torch.empty(64, 12, device=device).t(), "reversed order": wide.flatten()[1:].as_strided((12, 64), (64, 1))}
+    views = {"rows of a wider tensor": wide[:12, 5:69], "every other row": wide[::2, :64],
+             "every third column": wide[:12, :192:3], "transposed": torch.empty(64, 12, device=device).t(),
+             "reversed order": wide.flatten()[1:].as_strided((12, 64), (64, 1))}
     for about, view in views.items():
         view.copy_(logits)
         weights, ids = made(view, bias)
         assert same_bits(weights, expected[0]) and torch.equal(ids, expected[1]), about
     one_row = logits[:1].expand(5, 64)
     assert torch.equal(made(one_row, bias)[1], expected[1][:1].expand(5, 6)), "stride 0"
-    spread = torch.stack([bias, bias * 0], 1)[:, 0]
-    assert torch.equal(made(logits, spread)[1], expected[1]), "bias of stride 2"
+    if bias is not None:
+        spread = torch.stack([bias, bias * 0], 1)[:, 0]
+        assert torch.equal(made(logits, spread)[1], expected[1]), "bias of stride 2"
 
 
 @ALL
@@ -256,23 +264,21 @@ def test_token_counts(name, traits, tokens, device):
     assert weights.shape == ids.shape == (tokens, 6) and weights.dtype == torch.float32 and ids.dtype == torch.int32
 
 
-@ALL
-def test_more_rows_than_programs(name, traits, device, monkeypatch):
-    """Few programs, each looping over blocks of rows, give the same bits as one block a program."""
-    from kernel_registry.ops.moe.topk import launch
-
+@pytest.mark.parametrize("traits", BOTH, ids=lambda t: str(t["num_expert_group"]))
+def test_more_rows_a_program(traits, device):
+    """Few programs, each routing several rows after each other, give the same bits as a program a row."""
     args, kwargs = cases.inputs(traits, 100, device=device)
-    expected = kernel(name, traits)(*args, **kwargs)
-    monkeypatch.setattr(launch, "PROGRAMS", 3)
-    for got, wanted in zip(kernel(name, traits)(*args, **kwargs), expected):
-        assert same_bits(got, wanted)
+    expected = kernel("triton_router", traits)(*args, **kwargs)
+    for rows in row_counts(traits):
+        for got, wanted in zip(kernel("triton_router", traits, rows_per_program=rows)(*args, **kwargs), expected):
+            assert same_bits(got, wanted)
 
 
-@ALL
+@ANY_SCORING
 def test_a_row_depends_on_nothing_else(name, traits, device):
-    """Alone, in another place, in a batch of another size, beside NaN: the same bits; and the inputs stay as they were."""
+    """Alone, elsewhere, in a batch of another size, beside NaN: the same bits; and the inputs stay as they were."""
     (logits, bias), kwargs = cases.inputs(traits, 40, device=device)
-    before = logits.clone(), bias.clone()
+    before = logits.clone(), None if bias is None else bias.clone()
     made = kernel(name, traits)
     weights, ids = made(logits, bias, **kwargs)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0)).to(device)
@@ -284,7 +290,7 @@ def test_a_row_depends_on_nothing_else(name, traits, device):
     beside = logits.clone()
     beside[1::2] = NAN
     assert same_bits(made(beside, bias, **kwargs)[0][::2], weights[::2])
-    assert same_bits(logits, before[0]) and same_bits(bias, before[1])
+    assert same_bits(logits, before[0]) and (bias is None or same_bits(bias, before[1]))
     again = made(logits, bias, **kwargs)
     assert same_bits(again[0], weights) and again[0].data_ptr() != weights.data_ptr()
 

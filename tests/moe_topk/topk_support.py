@@ -1,4 +1,4 @@
-"""What the routing tests share: traits in short, which implementations serve them, one judged call, the numerics suite."""
+"""What the routing tests share: traits in short, who serves them, one judged call, the numerics suite."""
 
 from __future__ import annotations
 
@@ -20,16 +20,37 @@ def routing(num_experts: int, topk: int, groups: int = 1, kept: int = 1, shared:
 
 
 def implementations(traits: dict) -> list[str]:
-    """Names of the modules that serve these traits: the reference always, the Triton router whose box holds them."""
-    found = ["reference"]
-    if traits["scoring"] == "sigmoid" and traits["has_bias"] and traits["score_dtype"] == "float32":
-        found.append("triton_grouped" if traits["num_expert_group"] > 1 else "triton_single_group")
-    return found
+    """Names of the modules that serve these traits: the reference always, the Triton router what its docstring says."""
+    groups, experts = traits["num_expert_group"], traits["num_experts"]
+    size = experts // groups
+    softmax = traits["scoring"] == "softmax"
+    fits = groups == 1 or (groups <= 32 and 2 <= size <= (1024 if softmax else 128))
+    served = (traits["score_dtype"] == "float32" and experts <= 1024 and traits["topk"] <= 32 and fits
+              and {traits["dtype"], traits["bias_dtype"]} <= {"float32", "bfloat16", "float16"}
+              and not (softmax and traits["has_bias"]))
+    return ["reference", "triton_router"] if served else ["reference"]
 
 
-def kernel(name: str, traits: dict, package: str = "kernel_registry.ops.moe.topk"):
-    """The kernel that an implementation's factory makes for these traits."""
-    return importlib.import_module(f"{package}.{name}").topk(**traits)
+def row_counts(traits: dict) -> list[int]:
+    """Every rows_per_program that the Triton router takes for these traits."""
+    slots = 1 << (traits["topk"] - 1).bit_length()
+    return [rows for rows in (1, 2, 4, 8, 16, 32) if rows * slots <= 32]
+
+
+def named(traits: dict) -> str:
+    """Traits as a test's id, without what is usual."""
+    parts = [] if traits["scoring"] == "sigmoid" else [traits["scoring"]]
+    parts.append(f"{traits['num_experts']}e")
+    parts += [f"{traits['num_expert_group']}g{traits['topk_group']}"] if traits["num_expert_group"] > 1 else []
+    parts.append(f"k{traits['topk']}")
+    parts += [f"shared{traits['num_fused_shared_experts']}"] if traits["num_fused_shared_experts"] else []
+    parts += [] if traits["has_bias"] else ["nobias"]
+    return "-".join(parts if traits["renormalize"] else [*parts, "raw"])
+
+
+def kernel(name: str, traits: dict, package: str = "kernel_registry.ops.moe.topk", **options):
+    """The kernel that an implementation's factory makes for these traits, and options of its own."""
+    return importlib.import_module(f"{package}.{name}").topk(**traits, **options)
 
 
 def run(name: str, traits: dict, logits, bias, **kwargs):
@@ -46,7 +67,9 @@ def judged(name: str, traits: dict, tokens: int, *, flavour="random", seed=0, de
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.cpu().view(torch.int32), b.cpu().view(torch.int32))
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a.cpu().view(torch.int32), b.cpu().view(torch.int32))
 
 
 DECIDING_GROUP = routing(64, 4, 8, 2)
@@ -66,9 +89,14 @@ def deciding_group(device="cpu"):
 SUITE = (
     (routing(32, 4, 4, 2), ("random", "offset_bias", "ties", "negative_bias", "nonfinite", "tiny_scores", "underflow")),
     (routing(48, 7, 4, 2, shared=1), ("random", "constant", "masked_experts", "mapped")),
-    (routing(40, 6), ("random", "offset_bias", "ties", "negative_bias", "nonfinite", "tiny_scores", "underflow", "constant")),
+    (routing(40, 6), ("random", "offset_bias", "ties", "negative_bias", "nonfinite", "tiny_scores", "underflow",
+                      "constant")),
     (routing(64, 5, shared=1), ("random", "masked_experts", "mapped_all", "padded")),
     (routing(24, 5), ("nonfinite", "masked_experts")),  # at most one expert a lane
+    (routing(64, 1, 8, 2), ("random", "offset_bias")),  # one routed expert
+    (routing(40, 4, scoring="softmax", has_bias=False), ("random", "ties", "large", "nonfinite")),
+    (routing(32, 4, 4, 2, scoring="softmax", has_bias=False, renormalize=False), ("random", "ties", "large")),
+    (routing(40, 4, scoring="sqrtsoftplus"), ("random", "offset_bias", "large", "tiny_scores")),
 )
 
 

@@ -1,7 +1,7 @@
 """Inputs of moe.topk for tests, verify, bench and run: plain ones, and every kind that has broken a router somewhere.
 
-`inputs` makes one call; FLAVOURS names the kinds of values, the first being what a model gives; WORKLOADS the routers of
-published models. Everything is drawn on the CPU from the seed, so that each device sees the same numbers.
+`inputs` makes one call; FLAVOURS names the kinds of values, the first being what a model gives; WORKLOADS the routers
+of published models. Everything is drawn on the CPU from the seed, so that each device sees the same numbers.
 """
 
 from __future__ import annotations
@@ -114,7 +114,8 @@ def inputs(traits, num_tokens: int, *, seed: int = 0, device="cpu", flavour: str
     if flavour == "padded":
         live = int(uniform(1) * (num_tokens + 1))
         logits[live:] = float("nan")
-        kwargs["num_token_non_padded"] = torch.tensor([live], dtype=torch.int32 if seed % 2 else torch.int64, device=device)
+        kwargs["num_token_non_padded"] = torch.tensor([live], dtype=torch.int32 if seed % 2 else torch.int64,
+                                                      device=device)
     elif flavour == "mapped":
         kwargs["expert_map"] = torch.randperm(experts, generator=generator).to(device)
     elif flavour == "mapped_all":
@@ -127,5 +128,12 @@ def inputs(traits, num_tokens: int, *, seed: int = 0, device="cpu", flavour: str
             wide = torch.full((num_tokens, experts + 3), float("nan"), dtype=logits.dtype, device=device)
             wide[:, :experts] = logits
             logits = wide[:, :experts]
-    bias = bias.to(getattr(torch, traits.get("bias_dtype", "float32"))).to(device) if traits.get("has_bias", True) else None
-    return (logits, bias), kwargs
+    if not traits.get("has_bias", True):
+        return (logits, None), kwargs
+    return (logits, bias.to(getattr(torch, traits.get("bias_dtype", "float32"))).to(device)), kwargs
+
+
+def prefix(args, kwargs, outputs, count: int):
+    """The call of the first `count` rows alone, (args, kwargs, outputs): rows never mix, so these are its outputs."""
+    logits, bias = args
+    return (logits[:count], bias), kwargs, tuple(output[:count] for output in outputs)

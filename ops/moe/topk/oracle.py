@@ -2,8 +2,8 @@
 
 A float32 kernel and a float64 result must choose the same experts only where float32 can tell them apart. A choice c
 is given an error of 2 * 2^-24 * max(1, |c|), or of 2^-24 * (2|c| + (4 + |x|) * score) where that is less (small scores
-keep their digits), a group score the sum of its members' errors; two values are near when they differ by at most the sum
-of their errors: 4 * 2^-24 for choices about 1, twice that for group scores.
+keep their digits), a group score the sum of its members' errors; two values are near when they differ by at most the
+sum of their errors: 4 * 2^-24 for choices about 1, twice that for group scores.
 
 decided     nothing chosen is near anything left out, of groups and of experts, unless the two are equal in every
             implementation (the same logit and bias, a bias too large to feel the score, both NaN, the same infinity),
@@ -19,8 +19,8 @@ Where float32 itself can't represent a score (a sigmoid below 2^-126, a softplus
 absolute error is allowed. For softmax, whose float32 meaning includes rounding x - max, |x - max| * 2^-24 is added to
 the relative tolerance.
 
-With score_dtype="logits" the meaning is a sequence of eager torch ops: that sequence is repeated here on the same device,
-with the ranking done by numpy, and every bit must agree.
+With score_dtype="logits" the meaning is a sequence of eager torch ops: that sequence is repeated here on the same
+device, with the ranking done by numpy, and every bit must agree.
 """
 
 from __future__ import annotations
@@ -148,7 +148,8 @@ def _check(traits, args, kwargs, outputs) -> Verdict:
     if not np.all(ids[:, count:] == expected_shared):
         raise Wrong(f"shared slots hold {ids[0, count:]}, expected {expected_shared}")
 
-    bad = ~np.all((routed >= 0) & (routed < experts), axis=1) | (np.diff(np.sort(routed, axis=1), axis=1) == 0).any(axis=1)
+    repeated = (np.diff(np.sort(routed, axis=1), axis=1) == 0).any(axis=1)
+    bad = ~np.all((routed >= 0) & (routed < experts), axis=1) | repeated
     if bad.any():
         row = int(np.argmax(bad))
         raise Wrong(f"row {row}: ids {ids[row, :count]} are not distinct ids of known experts")

@@ -8,7 +8,8 @@ from .oracle_numbers import Wrong, ranking
 
 
 def check_bits(traits, args, kwargs, outputs) -> int:
-    """score_dtype="logits": the eager sequence, op by op, on the same device: the number of rows, all equal bit for bit. Raises Wrong."""
+    """score_dtype="logits": the eager sequence, op by op, on the same device. Returns the number of rows, all equal bit
+    for bit; raises Wrong."""
     logits, bias = args
     tokens, experts, topk = logits.shape[0], traits["num_experts"], traits["topk"]
     shared = traits.get("num_fused_shared_experts", 0)

@@ -18,7 +18,7 @@ class Row:
         self.error, self.count, self.determined = error, count, True
         self.labels = [tuple("nan" if np.isnan(part) else part for part in label) for label in labels.tolist()]
         self.choice, self.size = choice, len(choice) // groups
-        self.sure, self.alike, self.wanted = list(range(groups)), [], 0  # groups kept for sure, and the others by likeness
+        self.sure, self.alike, self.wanted = list(range(groups)), [], 0  # groups kept for sure, the others by likeness
         if kept == groups:
             return
         size = self.size

@@ -3,9 +3,9 @@
 Runs on any device and under torch.compile. Sorts are stable, so that ties go to the lowest id (torch.topk promises no
 order), and NaN is ranked below every number by a sort of its own.
 
-`score_dtype="float32"` computes in float32 after an exact upcast. `score_dtype="logits"` computes, op by op, in the dtype
-that eager torch code gives: scores in the logits' dtype, choices in the dtype to which score and bias promote, group
-scores in the choices' dtype, weights in the scores' dtype, and float32 only at the end.
+`score_dtype="float32"` computes in float32 after an exact upcast. `score_dtype="logits"` computes, op by op, in the
+dtype that eager torch code gives: scores in the logits' dtype, choices in the dtype to which score and bias promote,
+group scores in the choices' dtype, weights in the scores' dtype, and float32 only at the end.
 """
 
 from __future__ import annotations

@@ -1,0 +1,87 @@
+"""moe.topk in one Triton launch: scores, bias, groups, top-k, weights, shared slots, map, padding.
+
+Serves sigmoid and sqrtsoftplus with or without a bias, and softmax without one; any number of experts up to 1024, in
+one group or in 2 to 32 groups of 2 to 128; up to 32 slots; logits and bias of float32, bfloat16 or float16; any
+strides.
+The kernel is in router_kernel.py; here is the host's side: checks, outputs, one launch.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from kernel_registry.errors import InputError
+
+from .checks import make_checks
+from .kept_launch import kept_launch
+from .packed import list_depth
+from .router_kernel import router_kernel
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+def topk(*, num_experts, topk, num_expert_group=1, topk_group=1, num_fused_shared_experts=0, scoring="sigmoid",
+         has_bias=True, renormalize=True, dtype="float32", bias_dtype="float32", platform=None, rows_per_program=1,
+         dependent_launch=None, max_registers=None, **_):
+    """A kernel with moe.topk's signature for these traits.
+
+    Its options change how fast it is at which sizes, and no result:
+    rows_per_program  tokens that one warp routes before it finishes them together: 1, 2, 4, ..., as many as have room
+                      for their slots in 32 lanes
+    dependent_launch  "early" or "late": on sm_90 and later, a programmatic dependent launch. The kernel's programs take
+                      their places while the kernel before it (say, the one that makes the logits) still runs, and wait
+                      there before they read anything; the next such kernel may take its places at once, or when this
+                      one's experts are chosen. None, and on other platforms: an ordinary launch
+    max_registers     for NVIDIA's compiler, per thread: fewer leave room for more programs at a time
+    """
+    check = make_checks(num_experts=num_experts, num_fused_shared_experts=num_fused_shared_experts, has_bias=has_bias,
+                        dtype=dtype, bias_dtype=bias_dtype)
+    slots = triton.next_power_of_2(topk)
+    if rows_per_program not in (1, 2, 4, 8, 16, 32) or rows_per_program * slots > 32:
+        raise ValueError(f"rows_per_program={rows_per_program} does not fit topk={topk}: rows * slots is at most 32")
+    if dependent_launch not in (None, "early", "late"):
+        raise ValueError(f"dependent_launch={dependent_launch!r} is not early or late")
+    on_cuda = not INTERPRETED and platform is not None and platform.kind == "cuda"
+    dependent = dependent_launch if on_cuda and platform.arch >= (9, 0) else None
+    group_lanes = 32 // triton.next_power_of_2(num_expert_group)
+    tile_rows = 16 if INTERPRETED else 1
+    constants = dict(
+        SCORING=scoring, NUM_EXPERTS=num_experts, TOPK=topk, GROUPS=num_expert_group, TOPK_GROUP=topk_group,
+        NUM_SHARED=num_fused_shared_experts, RENORMALIZE=bool(renormalize), WIDEST=16 // getattr(torch, dtype).itemsize,
+        GROUP_LANES=group_lanes, SLOTS=slots, TILES=rows_per_program, ROWS=tile_rows, DEPENDENT=dependent,
+        DEPTH=list_depth(topk - num_fused_shared_experts, group_lanes * topk_group,
+                         -(-num_experts // (num_expert_group * group_lanes)),
+                         2 if has_bias and topk_group < num_expert_group else 1),  # a group's score is the sum of two
+        PTX=torch.version.cuda is not None and not INTERPRETED)
+    options = dict(num_warps=1, num_stages=1)
+    if dependent:
+        options["launch_pdl"] = True  # which only NVIDIA's back end knows, as the next
+    if max_registers and on_cuda:
+        options["maxnreg"] = max_registers
+    plain, mapping_shared = (kept_launch(router_kernel, {**constants, "MAP_SHARED": mapped}, options)
+                             for mapped in (False, True))
+    rows = rows_per_program * tile_rows
+
+    def route(router_logits, correction_bias, *, routed_scaling_factor=1.0, shared_expert_weight=1.0,
+              num_token_non_padded=None, expert_map=None):
+        check(router_logits, correction_bias, num_token_non_padded, expert_map)
+        num_tokens, device = router_logits.shape[0], router_logits.device
+        weights = torch.empty_strided((num_tokens, topk), (topk, 1), dtype=torch.float32, device=device)
+        ids = torch.empty_strided((num_tokens, topk), (topk, 1), dtype=torch.int32, device=device)
+        if num_tokens == 0:
+            return weights, ids
+        if not (INTERPRETED or router_logits.is_cuda):
+            raise InputError(f"router_logits is on {device}, this kernel runs on a GPU",
+                             hint="move the tensors, or dispatch with platform='cpu'")
+        if correction_bias is not None and correction_bias.stride() != (1,):
+            correction_bias = correction_bias.contiguous()
+        launch = plain
+        if expert_map is not None:
+            expert_map = expert_map.contiguous()
+            launch = mapping_shared if expert_map.shape[0] > num_experts else plain
+        launch(-(-num_tokens // rows), router_logits, correction_bias, weights, ids, num_token_non_padded, expert_map,
+               num_tokens, *router_logits.stride(), float(routed_scaling_factor), float(shared_expert_weight))
+        return weights, ids
+
+    return route
