@@ -34,21 +34,21 @@ from topk_peers import brief, peers, scored, versions
 from kernel_registry import registry
 
 
-def _config(E, K, G=1, TG=1, scale=1.0, scoring="sigmoid", bias=True):
+def shape(E, K, G=1, TG=1, scale=1.0, scoring="sigmoid", bias=True):
     return dict(E=E, K=K, G=G, TG=TG, scale=scale, scoring=scoring, bias=bias)
 
 
 CONFIGS = {
-    "dsv3": _config(256, 8, G=8, TG=4, scale=2.5),
-    "minimax_m2": _config(256, 8),
-    "glm45": _config(160, 8, scale=2.5),
-    "kimi_k2": _config(384, 8, scale=2.827),
-    "kimi_k3": _config(896, 16, scale=2.827),
-    "qwen3_moe": _config(128, 8, scoring="softmax", bias=False),
-    "qwen3_next": _config(512, 10, scoring="softmax", bias=False),
-    "gpt_oss": _config(128, 4, scoring="softmax", bias=False),
-    "mixtral": _config(8, 2, scoring="softmax", bias=False),
-    "deepseek_v4": _config(256, 6, scale=1.5, scoring="sqrtsoftplus"),
+    "dsv3": shape(256, 8, G=8, TG=4, scale=2.5),
+    "minimax_m2": shape(256, 8),
+    "glm45": shape(160, 8, scale=2.5),
+    "kimi_k2": shape(384, 8, scale=2.827),
+    "kimi_k3": shape(896, 16, scale=2.827),
+    "qwen3_moe": shape(128, 8, scoring="softmax", bias=False),
+    "qwen3_next": shape(512, 10, scoring="softmax", bias=False),
+    "gpt_oss": shape(128, 4, scoring="softmax", bias=False),
+    "mixtral": shape(8, 2, scoring="softmax", bias=False),
+    "deepseek_v4": shape(256, 6, scale=1.5, scoring="sqrtsoftplus"),
 }
 
 

@@ -13,14 +13,22 @@ import argparse
 import json
 import multiprocessing
 import os
+import time
 from concurrent.futures import ProcessPoolExecutor
 
 import torch
 import triton
-from topk import CONFIGS, graph_time, inputs, traits
+from topk import CONFIGS as COMPARED
+from topk import graph_time, inputs, shape, traits
 
 from kernel_registry import registry
 from kernel_registry.ops.moe.topk.triton_router import topk
+
+CONFIGS = COMPARED | {  # and shapes that no peer is timed at
+    "nemotron3": shape(512, 22, scale=5.0),
+    "deepseek_v2": shape(160, 6, G=8, TG=3, scoring="softmax", bias=False),
+    "llama4": shape(128, 1, bias=False),
+}
 
 
 def option_sets(c):
@@ -62,8 +70,10 @@ def main():
     args = ap.parse_args()
     jobs = [(config, dtype, options) for config in args.configs.split(",") for dtype in args.dtypes.split(",")
             for options in option_sets(CONFIGS[config]).values()]
+    began = time.monotonic()
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         list(pool.map(compile_one, jobs))
+    print(f"# {len(jobs)} kernels compiled in {time.monotonic() - began:.0f} s", flush=True)
     tokens = [int(n) for n in args.tokens.split(",")]
     for config in args.configs.split(","):
         for dtype in args.dtypes.split(","):

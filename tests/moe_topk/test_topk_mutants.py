@@ -34,6 +34,7 @@ PAIRED = routing(24, 4, rows_per_program=2)
 FEW_GROUPS, SOFT_GROUPS = routing(32, 4, 4, 2), routing(32, 4, 4, 2, scoring="softmax", has_bias=False)
 ROOT = routing(24, 4, scoring="sqrtsoftplus")
 RAW = routing(24, 4, scoring="softmax", has_bias=False, renormalize=False, rows_per_program=2)
+HALF = dict(scoring="softmax", has_bias=False, dtype="bfloat16")
 LONG, LONGER = routing(160, 4), routing(306, 3, 17, 17)  # 5 and 18 experts a lane: more than a list holds; scanned
 
 
@@ -72,6 +73,31 @@ def overfull():
     for row, order in enumerate(random.Random(0).sample([*itertools.permutations([-9, 0.5, 1.0, 1.5, 2.0])], 32)):
         logits[row, [4 * row, 4 * row + 1, 4 * row + 2, 4 * row + 3, 128 + row]] = torch.tensor(order)
     return logits, torch.zeros(160)
+
+
+def overfull_half():
+    return overfull()[0].bfloat16(), None
+
+
+def many_digits():
+    """Logits that differ in their last digits only, which an id would overwrite."""
+    place = torch.stack([torch.randperm(24, generator=torch.Generator().manual_seed(row)) for row in range(14)])
+    return 1 + place * 2.0**-23, None
+
+
+def nan_with_a_sign():
+    """Rows with one NaN whose sign is set."""
+    logits = torch.arange(24).repeat(14, 1).bfloat16()
+    logits.view(torch.int16)[torch.arange(14), torch.arange(14)] = -1
+    return logits, None
+
+
+def few_finite():
+    """Two numbers in the last two groups, and -inf, with a score of 0, which is more than what dropped groups have."""
+    logits = torch.full((14, 32), float("-inf"))
+    logits[torch.arange(14), 16 + torch.arange(14) % 8] = 1.0
+    logits[torch.arange(14), 31 - torch.arange(14) % 8] = 2.0
+    return logits, None
 
 
 def far_groups():
@@ -176,6 +202,13 @@ NAMED = {
     "not finite, softmax": flavour("nonfinite", routing(40, 6, scoring="softmax", has_bias=False), tokens=21),
     "not finite, softmax groups": flavour("nonfinite", SOFT_GROUPS, tokens=21),
     "not finite, sqrtsoftplus": flavour("nonfinite", ROOT, tokens=21),
+    "random, negative, bfloat16 softmax": flavour("tiny_scores", routing(24, 4, **HALF)),
+    "an overfull lane, bfloat16 softmax": (routing(160, 4, **HALF), overfull_half),
+    "few finite, softmax groups": (SOFT_GROUPS, few_finite),
+    "not finite, bfloat16 softmax groups": flavour("nonfinite", routing(32, 4, 4, 2, **HALF), tokens=21),
+    "not finite, bfloat16 softmax": flavour("nonfinite", routing(40, 6, **HALF), tokens=21),
+    "NaN with a sign, bfloat16 softmax": (routing(24, 4, **HALF), nan_with_a_sign),
+    "random, softmax, many digits": (SOFT, many_digits),
 }
 
 
@@ -216,7 +249,7 @@ TEN = {
                 "best = torch.stack([choice.amax(-1), choice.masked_fill(choice == choice.amax(-1, True), -1e9)"
                 ".amax(-1)], -1)")},
     "dropped groups are filled with 0": {
-        GROUPED: (EXACT, "masked = tl.where(ids[i] == NO_ID, REMOVED, NEG_INF_KEY)",
+        GROUPED: (EXACT, "masked = tl.where(ids[i] == NO_ID, REMOVED, DROPPED)",
                   "masked = tl.where(ids[i] == NO_ID, REMOVED, 0)"),
         PLAIN: (REFERENCE, '~keep.repeat_interleave(group_size, dim=1), float("-inf"))',
                 "~keep.repeat_interleave(group_size, dim=1), 0.0)")},
@@ -260,7 +293,7 @@ TEN = {
 
 MUTANTS = {
     # packing
-    "ids not turned over": (PACKED, "+ (~ids[i] & MASK),)", "+ (ids[i] & MASK),)", "random"),
+    "ids not turned over": (PACKED, "| (~ids[i] & MASK),)", "| (ids[i] & MASK),)", "random"),
     "ids of eight bits": (PACKED, "return max(8, (num_experts - 1).bit_length())", "return 8", "many experts"),
     "the top of the window overflows": (PACKED, "BELOW_ONE: tl.constexpr = 1.0 - POWER / 4194304",
                                         "BELOW_ONE: tl.constexpr = 1.0", "many experts, softmax"),
@@ -276,8 +309,8 @@ MUTANTS = {
                                       "a group near the window's top"),
     # lists
     "a needed exchange left out": (NETWORKS, "needed |= {i, j}", "needed |= {i}", "many experts"),
-    "a list's overflow is not seen": (PACKED, "left_out = tl.maximum(lists[0], rest)", "left_out = lists[0]",
-                                      "an overfull lane"),
+    "a list's overflow is not seen": (PACKED, "((tl.maximum(lists[0], rest) | MASK) >= last)",
+                                      "((lists[0] | MASK) >= last)", "an overfull lane"),
     "not the best that did not fit": (PACKED, "min(len(choices), DEPTH + 1))", "min(len(choices), DEPTH))",
                                       "an overfull lane"),
     "dropped groups above the window": (PACKED, "kept = kept + (tl.where(keep, lists[place], EMPTY),)",
@@ -285,8 +318,8 @@ MUTANTS = {
     "dropped groups stay": (PACKED, "kept = kept + (tl.where(keep, lists[place], EMPTY),)",
                             "kept = kept + (lists[place],)", "random, groups"),
     # doubt and repair
-    "a tie at the boundary is no doubt": (PACKED, "return chosen, ((left_out | ((1 << BITS) - 1)) >= last)",
-                                          "return chosen, (left_out >= last)", "a pair at the end"),
+    "a tie at the boundary is no doubt": (PACKED, "((tl.maximum(lists[0], rest) | MASK) >= last)",
+                                          "(tl.maximum(lists[0], rest) >= last)", "a pair at the end"),
     "neighbours are never tied": (PACKED, "following = tl.gather(chosen, tl.minimum(lane + 1, LANES - 1), 1)",
                                   "following = ~chosen", "pairs"),
     "rows are tied to each other": (PACKED, "((((chosen ^ following) >> BITS) == 0) & (lane % SLOTS < COUNT - 1))",
@@ -303,7 +336,7 @@ MUTANTS = {
                                         "((other_key == keys) & (other_id > ids))", "two equal"),
     "repair without the bias": (ROUTER, "choice = choice + tl.load(bias + chosen, mask=found, other=0.0)",
                                 "choice = choice + tl.zeros_like(choice)", "pairs by bias"),
-    "a last chosen below the window is no doubt": (PACKED, ">= last) | (last <= below_window(BITS))", ">= last)",
+    "a last chosen below the window is no doubt": (PACKED, " | (last <= below_window(BITS))", "",
                                                    "NaN in a full group"),
     "three in a row are no doubt": (PACKED, "return tl.where(swap, other_id, ids), tied & tied_before",
                                     "return tl.where(swap, other_id, ids), tied & 0", "triples"),
@@ -330,7 +363,7 @@ MUTANTS = {
                                 "total = lanes.exp_sum(logits, tile_top, first, first + tile < valid,",
                                 "random, softmax not renormalised"),
     # groups
-    "lists of one": (FACTORY, "2 if has_bias and topk_group < num_expert_group else 1", "1", "one of groups"),
+    "lists of one": (FACTORY, "least=2 if summed else 1", "least=1", "one of groups"),
     "group scores without a margin": (GROUPS, "(last - following <= margin(offset) * (MASK + 1))",
                                       "(last - following <= 0)", "near groups"),
     "a margin that does not grow": (GROUPS, "tl.minimum(tl.abs(offset), 8388608.0)", "tl.minimum(tl.abs(offset), 0.0)",
@@ -340,8 +373,8 @@ MUTANTS = {
     "a score above the window is no doubt": (GROUPS, 'if SCORING == "sqrtsoftplus":', 'if SCORING == "none":',
                                              "a group above the window"),
     "groups without a bias by two choices": (
-        ROUTER, "groups.keep_fast(lists, offset, SCORING, GROUPS, TOPK_GROUP, GROUP_LANES, ROWS, HAS_BIAS, BITS)",
-        "groups.keep_fast(lists, offset, SCORING, GROUPS, TOPK_GROUP, GROUP_LANES, ROWS, True, BITS)",
+        ROUTER, "groups.keep_fast(lists, offset, SCORING, GROUPS, TOPK_GROUP, GROUP_LANES, ROWS, HAS_BIAS, BITS,",
+        "groups.keep_fast(lists, offset, SCORING, GROUPS, TOPK_GROUP, GROUP_LANES, ROWS, True, BITS,",
         "random, softmax groups"),
     "one group too many": (GROUPS, "for _ in tl.static_range(TOPK_GROUP - 1):", "for _ in tl.static_range(TOPK_GROUP):",
                            "random, groups"),
@@ -376,6 +409,23 @@ MUTANTS = {
     "a row without scores has weights": (ROUTER, "routed = routed & (void == 0)", "routed = routed & (void == void)",
                                          "not finite, softmax"),
     "a logit of -0.0 is below +0.0": (SCORES, "return x + 0.0  # -0.0", "return x  # -0.0", "signed zeros, softmax"),
+    # logits of 16 bits that fit whole
+    "negative logits upside down": (PACKED, "return bits ^ ((bits >> 31) & (0x7FFFFFFF >> BITS << BITS))",
+                                    "return bits", "random, negative, bfloat16 softmax"),
+    "a whole list's overflow is not seen": (PACKED, "doubt = (rest > last) | ", "doubt = ",
+                                            "an overfull lane, bfloat16 softmax"),
+    "a list's last is not emptied": (PACKED, "popped = popped + (tl.where(won, EMPTY, lists[place]),)",
+                                     "popped = popped + (lists[place],)", "random, negative, bfloat16 softmax"),
+    "a row with NaN is no doubt": (PACKED, " | (first >= exact.INF_KEY)", "", "not finite, bfloat16 softmax"),
+    "a row of -inf is no doubt": (PACKED, " | (last <= exact.NEG_INF_KEY)", "", "not finite, bfloat16 softmax groups"),
+    "a logit of -inf ranks with what is dropped": (
+        EXACT, 'DROPPED: tl.constexpr = DROPPED_LOGIT_KEY if SCORING == "softmax" else NEG_INF_KEY',
+        "DROPPED: tl.constexpr = NEG_INF_KEY", "few finite, softmax groups"),
+    "a NaN with a sign is below all": (PACKED, "bits = tl.where(choice == choice, bits, exact.INF_KEY)", "pass",
+                                       "NaN with a sign, bfloat16 softmax", "interpreter"),
+    "rounded though there is a bias or more digits": (
+        PACKED, 'return scoring == "softmax" and not has_bias and logit_bits == 16', 'return scoring == "softmax"',
+        "random, softmax, many digits"),
     # scores
     "a digit of the polynomial": (SCORES, "+ 0.106036607", "+ 0.106063607", "random, sqrtsoftplus"),
     "a small score loses its digits": (
@@ -390,9 +440,6 @@ MUTANTS = {
 
 # bug that is none -> (file, the line's part, what replaces it, why no result differs)
 HARMLESS = {
-    "a list's last is not emptied": (
-        PACKED, "popped = popped + (tl.where(won, EMPTY, lists[place]),)", "popped = popped + (lists[place],)",
-        "an expert that stays is left out with the last chosen's number: a doubt"),
     "packed ties to the highest group": (
         GROUPS, "* (MASK + 1)) | (MASK - group)", "* (MASK + 1)) | group",
         "equal scores are within the margin: a doubt"),
@@ -412,14 +459,16 @@ HARMLESS = {
     "short lists are scanned": (
         EXACT, "LONGEST_SORTED = tl.constexpr(16)", "LONGEST_SORTED = tl.constexpr(1)", "the same by another way"),
     "lists of two": (
-        PACKED, "/ lanes**depth > 1e-3", "/ lanes**depth > 1.0", "more lists overflow, which is seen"),
+        PACKED, "if overfull(depth) < rare)", "if overfull(depth) < 0.2)", "more lists overflow, which is seen"),
+    "16-bit logits are rounded as others are": (
+        PACKED, "not has_bias and logit_bits == 16", "False", "more doubt"),
     "twice the window": (
         PACKED, '"sigmoid": 8.0, "sqrtsoftplus": 16.0, "softmax": 16.0',
         '"sigmoid": 16.0, "sqrtsoftplus": 32.0, "softmax": 32.0',
         "coarser numbers, more doubt"),
 }
 HARMLESS_ON = ("pairs", "triples in odd rows", "an overfull lane", "not finite", "not finite, groups",
-               "not finite, softmax")
+               "not finite, softmax", "random, negative, bfloat16 softmax", "not finite, bfloat16 softmax")
 
 
 @pytest.fixture

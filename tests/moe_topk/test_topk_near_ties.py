@@ -71,8 +71,10 @@ DEPTHS = {
 @pytest.mark.parametrize("depths", DEPTHS)
 @pytest.mark.parametrize("traits", [
     routing(128, 8, **SOFT), routing(512, 10, **SOFT), routing(128, 4, **SOFT), routing(8, 2, **SOFT),
-    routing(160, 6, 8, 3, renormalize=False, **SOFT), routing(64, 6, 32, 6, **SOFT),
-    routing(512, 8, 2, 1, **SOFT)], ids=named)
+    routing(160, 6, 8, 3, renormalize=False, **SOFT), routing(64, 6, 32, 6, **SOFT), routing(512, 8, 2, 1, **SOFT),
+    routing(128, 8, dtype="bfloat16", **SOFT), routing(512, 10, dtype="float16", **SOFT),
+    routing(160, 6, 8, 3, dtype="bfloat16", renormalize=False, **SOFT),
+    routing(64, 6, 32, 6, dtype="float16", **SOFT)], ids=named)
 def test_logits_a_few_units_apart(traits, depths, checked):
     for seed, reach in enumerate((1, 4)):
         checked(traits, lambda rng, tokens: (rows_of.logit_clusters(rng, traits, tokens, DEPTHS[depths], reach), None),

@@ -52,6 +52,8 @@ def exact_ids(traits: dict, logits: torch.Tensor, bias: torch.Tensor | None) -> 
             keep = np.zeros((tokens, groups), bool)
             score = top[..., 0] + top[..., 1] if traits["has_bias"] else top[..., 0]
             np.put_along_axis(keep, best(score, kept), True, 1)
+            if traits["scoring"] == "softmax":  # of a logit of -inf the score is 0: above what is dropped
+                grouped = np.maximum(grouped, np.finfo(np.float32).min)
             choice = np.where(keep[:, :, None], grouped, np.float32("-inf")).reshape(choice.shape)
     return best(choice, traits["topk"] - traits["num_fused_shared_experts"])
 

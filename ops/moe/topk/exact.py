@@ -20,6 +20,7 @@ LANES = lanes.LANES
 NO_ID = lanes.NO_ID
 REMOVED = tl.constexpr(-2147483648)  # an expert already taken, or a lane that has none
 NAN_KEY = tl.constexpr(-2147483647)  # below the key of -inf
+DROPPED_LOGIT_KEY = tl.constexpr(-2139095042)  # below the key of -inf: a logit's score is 0 at least
 NEG_INF_KEY = tl.constexpr(-2139095041)  # ordered_key(-inf): 0xff800000 ^ 0x7fffffff
 INF_KEY = tl.constexpr(2139095040)  # ordered_key(+inf)
 LONGEST_SORTED = tl.constexpr(16)  # lists longer than this are scanned
@@ -119,13 +120,15 @@ def scan(keys, COUNT: tl.constexpr, SLOTS: tl.constexpr, GROUPS: tl.constexpr, G
 
 
 @triton.jit
-def mask_dropped(kept_keys, kept_ids, keys, ids, keep):
+def mask_dropped(kept_keys, kept_ids, keys, ids, keep, SCORING: tl.constexpr):
     """Lists that are the given ones in kept groups; in dropped groups those of `keys` and `ids`, whose ids ascend, with
-    every choice -inf: experts of equal choices stand in the order of their ids."""
+    every choice -inf: experts of equal choices stand in the order of their ids. Where the keys are those of logits, a
+    -inf of a kept group goes first, for its score is 0."""
+    DROPPED: tl.constexpr = DROPPED_LOGIT_KEY if SCORING == "softmax" else NEG_INF_KEY
     out_keys = ()
     out_ids = ()
     for i in tl.static_range(len(keys)):
-        masked = tl.where(ids[i] == NO_ID, REMOVED, NEG_INF_KEY)
+        masked = tl.where(ids[i] == NO_ID, REMOVED, DROPPED)
         out_keys = out_keys + (tl.where(keep, kept_keys[i], masked),)
         out_ids = out_ids + (tl.where(keep, kept_ids[i], ids[i]),)
     return out_keys, out_ids
@@ -158,17 +161,17 @@ def softmax_keys(keys):
 
 
 @triton.jit
-def choose(keys, ids, keep, COUNT: tl.constexpr, SLOTS: tl.constexpr, GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr,
-           GROUP_LANES: tl.constexpr, ROWS: tl.constexpr, WIDEST: tl.constexpr):
+def choose(keys, ids, keep, SCORING: tl.constexpr, COUNT: tl.constexpr, SLOTS: tl.constexpr, GROUPS: tl.constexpr,
+           GROUP_SIZE: tl.constexpr, GROUP_LANES: tl.constexpr, ROWS: tl.constexpr, WIDEST: tl.constexpr):
     """The COUNT best experts of each row, ids [ROWS, 32], lane % SLOTS the slot. `keep`: None, or which lanes' groups
     are kept."""
     if len(keys) > LONGEST_SORTED:
         if keep is not None:
-            keys, ids = mask_dropped(keys, ids, keys, ids, keep)
+            keys, ids = mask_dropped(keys, ids, keys, ids, keep, SCORING)
         chosen = scan(keys, COUNT, SLOTS, GROUPS, GROUP_SIZE, GROUP_LANES, ROWS, WIDEST)
     else:
         best_keys, best_ids = sort_lanes(keys, ids)
         if keep is not None:
-            best_keys, best_ids = mask_dropped(best_keys, best_ids, keys, ids, keep)
+            best_keys, best_ids = mask_dropped(best_keys, best_ids, keys, ids, keep, SCORING)
         chosen = select(best_keys, best_ids, COUNT, SLOTS, ROWS)
     return chosen

@@ -72,7 +72,8 @@ def margin(offset):
 
 @triton.jit
 def keep_fast(lists, offset, SCORING: tl.constexpr, GROUPS: tl.constexpr, TOPK_GROUP: tl.constexpr,
-              GROUP_LANES: tl.constexpr, ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, BITS: tl.constexpr):
+              GROUP_LANES: tl.constexpr, ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, BITS: tl.constexpr,
+              WHOLE: tl.constexpr):
     """What keep_exactly returns, from the lanes' packed lists (packed.py), and whether that is in doubt, [ROWS, 32].
 
     A score is one or two packed numbers without their ids, with the group's id below: a round is one maximum."""
@@ -98,5 +99,7 @@ def keep_fast(lists, offset, SCORING: tl.constexpr, GROUPS: tl.constexpr, TOPK_G
     for _ in tl.static_range(TOPK_GROUP - 1):
         left = tl.where(left >= last, exact.REMOVED, left)
         last = tl.max(left, axis=1)[:, None]
-    following = tl.max(tl.where(left >= last, exact.REMOVED, left), axis=1)[:, None]
-    return score >= last, doubt | (last - following <= margin(offset) * (MASK + 1))
+    if not WHOLE:
+        following = tl.max(tl.where(left >= last, exact.REMOVED, left), axis=1)[:, None]
+        doubt = doubt | (last - following <= margin(offset) * (MASK + 1))
+    return score >= last, doubt

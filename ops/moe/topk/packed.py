@@ -13,6 +13,10 @@ their exact keys (`repair`). Everything else is a doubt, and a row in doubt is d
 - the last group kept and the first one dropped have scores too close to tell, or a group's second best is below the
   window.
 So every result is what the exact way gives, bit for bit.
+
+Where the choice is a logit of 16 bits itself, as in softmax routing, nothing has to be rounded: its exact key leaves
+room for the id, equal numbers are equal choices, and only a row that is void or a list that ran out is in doubt
+(`fits_whole`).
 """
 
 from __future__ import annotations
@@ -32,6 +36,12 @@ EMPTY = exact.REMOVED  # below every packed choice
 def id_bits(num_experts):
     """Low bits of a packed choice that hold the id: 8, or more where there are more than 256 experts."""
     return max(8, (num_experts - 1).bit_length())
+
+
+@triton.constexpr_function
+def fits_whole(scoring, has_bias, logit_bits):
+    """Whether a choice is a logit whose float32 form has its lowest 13 bits 0: all of its digits fit above an id."""
+    return scoring == "softmax" and not has_bias and logit_bits == 16
 
 
 @triton.constexpr_function
@@ -89,6 +99,16 @@ def fixed_point(choice, scale, offset, BITS: tl.constexpr, PTX: tl.constexpr):
 
 
 @triton.jit
+def whole_point(choice, BITS: tl.constexpr, PTX: tl.constexpr):
+    """int32 [ROWS, 32] in the order of choices that fit whole, NaN as or above +inf; of a number, the BITS lowest are
+    0."""
+    bits = choice.to(tl.int32, bitcast=True)
+    if not PTX:  # where the sum that made the choice a NaN has left it with a sign of its own
+        bits = tl.where(choice == choice, bits, exact.INF_KEY)
+    return bits ^ ((bits >> 31) & (0x7FFFFFFF >> BITS << BITS))
+
+
+@triton.jit
 def exchange(entries, A: tl.constexpr, B: tl.constexpr, HIGH: tl.constexpr, LOW: tl.constexpr):
     """Puts the larger of entries A < B at A if it is needed (HIGH), and the smaller one at B if that is (LOW)."""
     high, low = entries[A], entries[B]
@@ -101,12 +121,16 @@ def exchange(entries, A: tl.constexpr, B: tl.constexpr, HIGH: tl.constexpr, LOW:
 
 @triton.jit
 def lane_lists(choices, ids, scale, offset, BITS: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr,
-               PTX: tl.constexpr):
+               WHOLE: tl.constexpr, PTX: tl.constexpr):
     """The DEPTH best of each lane, packed, best first, and the best that did not fit: tuple of, and one, [ROWS, 32]."""
     MASK: tl.constexpr = (1 << BITS) - 1
     lists = ()
     for i in tl.static_range(len(choices)):  # the lower the id, the larger; NO_ID, no larger than any
-        lists = lists + (fixed_point(choices[i], scale, offset, BITS, PTX) + (~ids[i] & MASK),)
+        if WHOLE:
+            number = whole_point(choices[i], BITS, PTX)
+        else:
+            number = fixed_point(choices[i], scale, offset, BITS, PTX)
+        lists = lists + (number | (~ids[i] & MASK),)
     steps: tl.constexpr = networks.best_of_network(len(choices), min(len(choices), DEPTH + 1))
     for s in tl.static_range(len(steps)):
         lists = exchange(lists, steps[s][0], steps[s][1], steps[s][2], steps[s][3])
@@ -138,13 +162,17 @@ def above_window(BITS: tl.constexpr):
 
 
 @triton.jit
-def select(lists, rest, chosen, TILE: tl.constexpr, COUNT: tl.constexpr, SLOTS: tl.constexpr, BITS: tl.constexpr):
+def select(lists, rest, chosen, TILE: tl.constexpr, COUNT: tl.constexpr, SLOTS: tl.constexpr, BITS: tl.constexpr,
+           WHOLE: tl.constexpr):
     """Puts the COUNT best of each row of a tile, from its lanes' lists, into its SLOTS lanes of `chosen`, packed, best
     first. Returns `chosen` and whether there is doubt: [ROWS, 32] each."""
+    MASK: tl.constexpr = (1 << BITS) - 1
     lane = tl.arange(0, LANES)[None, :]
-    last = lists[0]
+    first = tl.max(lists[0], axis=1)[:, None]
+    last = first
     for taken in tl.static_range(COUNT):
-        last = tl.max(lists[0], axis=1)[:, None]
+        if taken > 0:
+            last = tl.max(lists[0], axis=1)[:, None]
         chosen = tl.where(lane == TILE * SLOTS + taken, last, chosen)
         won = lists[0] == last
         popped = ()
@@ -154,8 +182,11 @@ def select(lists, rest, chosen, TILE: tl.constexpr, COUNT: tl.constexpr, SLOTS: 
             else:
                 popped = popped + (tl.where(won, EMPTY, lists[place]),)
         lists = popped
-    left_out = tl.maximum(lists[0], rest)
-    return chosen, ((left_out | ((1 << BITS) - 1)) >= last) | (last <= below_window(BITS))
+    if WHOLE:
+        doubt = (rest > last) | (first >= exact.INF_KEY) | (last <= exact.NEG_INF_KEY)
+    else:
+        doubt = ((tl.maximum(lists[0], rest) | MASK) >= last) | (last <= below_window(BITS))
+    return chosen, doubt
 
 
 @triton.jit
@@ -182,10 +213,14 @@ def repair(ids, tied, keys):
     return tl.where(swap, other_id, ids), tied & tied_before
 
 
-def list_depth(routed: int, lanes: int, longest: int, least: int = 1) -> int:
-    """How long a lane's list must be so that fewer than one row in a thousand has more of its best in one lane, when
-    they fall on `lanes` lanes at random; at least `least`, at most `longest`, the experts that a lane has."""
-    depth = least
-    while depth < longest and comb(routed, depth + 1) / lanes**depth > 1e-3:
-        depth += 1
-    return min(depth, longest)
+def list_depth(routed: int, lanes: int, longest: int, least: int = 1, rare: float = 1e-4) -> int:
+    """How long a lane's list must be so that fewer than `rare` of all rows have more of their best in one lane, when
+    those are any of the `longest` experts of each of `lanes` lanes; at least `least`, at most `longest`."""
+    experts = lanes * longest
+    routed = min(routed, experts)
+
+    def overfull(depth):
+        more = range(depth + 1, min(longest, routed) + 1)
+        return lanes * sum(comb(longest, n) * comb(experts - longest, routed - n) for n in more) / comb(experts, routed)
+
+    return next(depth for depth in range(min(least, longest), longest + 1) if overfull(depth) < rare)

@@ -44,20 +44,21 @@ def choose_fast(logits, biases, scale, offset, chosen, rows, valid, row_stride, 
                 SCORING: tl.constexpr, GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, GROUP_LANES: tl.constexpr,
                 TOPK_GROUP: tl.constexpr, ROUTED: tl.constexpr, SLOTS: tl.constexpr, BITS: tl.constexpr,
                 DEPTH: tl.constexpr, ROWS: tl.constexpr, WIDEST: tl.constexpr, HAS_BIAS: tl.constexpr,
-                MASK_ROWS: tl.constexpr, PTX: tl.constexpr):
+                MASK_ROWS: tl.constexpr, WHOLE: tl.constexpr, PTX: tl.constexpr):
     """Puts the packed experts of a tile's rows into its lanes of `chosen`. Returns that, and which are in doubt: of a
     row any lane may say so. [ROWS, 32] each."""
     live = rows < valid
     choices, ids = lanes.load_choices(logits, biases, rows, live, row_stride, column_stride, SCORING, GROUPS,
                                       GROUP_SIZE, GROUP_LANES, ROWS, WIDEST, MASK_ROWS, PTX)
-    if SCORING == "softmax":
+    if SCORING == "softmax" and not WHOLE:
         scale, offset = packed.row_window(choices, SCORING)
-    lists, rest = packed.lane_lists(choices, ids, scale, offset, BITS, DEPTH, ROWS, PTX)
+    lists, rest = packed.lane_lists(choices, ids, scale, offset, BITS, DEPTH, ROWS, WHOLE, PTX)
     doubt = tl.zeros([ROWS, LANES], tl.int1)
     if TOPK_GROUP < GROUPS:
-        keep, doubt = groups.keep_fast(lists, offset, SCORING, GROUPS, TOPK_GROUP, GROUP_LANES, ROWS, HAS_BIAS, BITS)
+        keep, doubt = groups.keep_fast(lists, offset, SCORING, GROUPS, TOPK_GROUP, GROUP_LANES, ROWS, HAS_BIAS, BITS,
+                                       WHOLE)
         lists, rest = packed.drop(lists, rest, keep)
-    chosen, unclear = packed.select(lists, rest, chosen, TILE, ROUTED, SLOTS, BITS)
+    chosen, unclear = packed.select(lists, rest, chosen, TILE, ROUTED, SLOTS, BITS, WHOLE)
     return chosen, (doubt | unclear) & live[:, None]
 
 
@@ -78,7 +79,7 @@ def choose_exactly(logits, bias, rows, valid, row_stride, column_stride, SCORING
     keep = None
     if TOPK_GROUP < GROUPS:
         keep = groups.keep_exactly(keys, GROUPS, TOPK_GROUP, GROUP_LANES, ROWS, HAS_BIAS)
-    chosen = exact.choose(keys, ids, keep, ROUTED, SLOTS, GROUPS, GROUP_SIZE, GROUP_LANES, ROWS, WIDEST)
+    chosen = exact.choose(keys, ids, keep, SCORING, ROUTED, SLOTS, GROUPS, GROUP_SIZE, GROUP_LANES, ROWS, WIDEST)
     return chosen, no_numbers
 
 
@@ -116,6 +117,7 @@ def router_kernel(
     GROUP_SIZE: tl.constexpr = NUM_EXPERTS // GROUPS
     HAS_BIAS: tl.constexpr = bias is not None
     BITS: tl.constexpr = packed.id_bits(NUM_EXPERTS)
+    WHOLE: tl.constexpr = packed.fits_whole(SCORING, HAS_BIAS, logits.dtype.element_ty.primitive_bitwidth)
     MASK_ROWS: tl.constexpr = TILES * ROWS > 1 or num_valid is not None
     lane = tl.arange(0, LANES)[None, :]
     first = tl.program_id(0).to(tl.int64) * (TILES * ROWS) + tl.arange(0, ROWS) * TILES  # times a stride: past 2^31
@@ -129,7 +131,7 @@ def router_kernel(
     for tile in tl.static_range(TILES):
         chosen, doubt = choose_fast(logits, biases, scale, offset, chosen, first + tile, valid, row_stride,
                                     column_stride, tile, SCORING, GROUPS, GROUP_SIZE, GROUP_LANES, TOPK_GROUP, ROUTED,
-                                    SLOTS, BITS, DEPTH, ROWS, WIDEST, HAS_BIAS, MASK_ROWS, PTX)
+                                    SLOTS, BITS, DEPTH, ROWS, WIDEST, HAS_BIAS, MASK_ROWS, WHOLE, PTX)
         doubts = doubts | tl.where(doubt, 1 << tile, 0)
 
     # From here on a lane is a slot of a row.
@@ -139,18 +141,21 @@ def router_kernel(
     live = rows < valid
     routed = (slot < ROUTED) & (tile_of_lane < TILES) & live
     place = logits + rows * row_stride
-    tied = packed.neighbours(chosen, ROUTED, SLOTS, BITS) & routed.to(tl.int32)
+    tied = tl.zeros([ROWS, LANES], tl.int32)
+    if not WHOLE:
+        tied = packed.neighbours(chosen, ROUTED, SLOTS, BITS) & routed.to(tl.int32)
     chosen = ~chosen & ((1 << BITS) - 1)
     void = tl.zeros([ROWS, LANES], tl.int1)  # rows whose scores are all NaN
     doubts = tl.reduce(doubts | (tied << TILES), 1, either)[:, None]
     if tl.max(doubts, axis=0).reshape([]) != 0:
-        found = routed & (chosen < NUM_EXPERTS)  # lists that ran out are no experts
-        x = tl.load(place + chosen.to(tl.int64) * column_stride, mask=found, other=0.0).to(tl.float32)
-        choice = scores.order(x, SCORING, PTX)
-        if HAS_BIAS:
-            choice = choice + tl.load(bias + chosen, mask=found, other=0.0).to(tl.float32)
-        chosen, between = packed.repair(chosen, tied, exact.ordered_key(choice))
-        doubts = doubts | tl.reduce(between << tile_of_lane, 1, either)[:, None]
+        if not WHOLE:
+            found = routed & (chosen < NUM_EXPERTS)  # lists that ran out are no experts
+            x = tl.load(place + chosen.to(tl.int64) * column_stride, mask=found, other=0.0).to(tl.float32)
+            choice = scores.order(x, SCORING, PTX)
+            if HAS_BIAS:
+                choice = choice + tl.load(bias + chosen, mask=found, other=0.0).to(tl.float32)
+            chosen, between = packed.repair(chosen, tied, exact.ordered_key(choice))
+            doubts = doubts | tl.reduce(between << tile_of_lane, 1, either)[:, None]
         for which in range(TILES):
             again = ((doubts >> which) & 1) != 0
             if tl.max(again.to(tl.int32), axis=0).reshape([]) != 0:
