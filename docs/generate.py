@@ -194,10 +194,37 @@ that is not listed here is an error that suggests the nearest one. `kernel-regis
 
 {implementation_entry}
 
-Names of ops and implementations start with a letter and go on with letters, digits, `_`, `-` and `.`. A target is a
-factory: it is called once per binding with those static traits that it names as keyword parameters (all of them, if it
-has `**`) and with the `options` of the entry, and returns the kernel. It has to name every option, `**` is not enough,
-and an option may not have the name of a trait. A target is imported when it is first bound, not before.
+`VariantEntry`, under a name of its own in `variants`
+
+{variant_entry}
+
+Names of ops and implementations start with a letter and go on with letters, digits, `_`, `-` and `.`; those of
+variants have no `.`. A target is a factory: it is called once per binding with those static traits that it names as
+keyword parameters (all of them, if it has `**`) and with the `options` of the entry, and returns the kernel. It has to
+name every option, `**` is not enough, and an option may not have the name of a trait. A target is imported when it is
+first bound, not before.
+
+### variants
+
+One kernel that is tuned for several ranges is one entry:
+
+```yaml
+router:
+  target: package.module:topk
+  options: {{dependent_launch: late}}
+  when: {{platform: cuda, scoring: softmax, topk: {{max: 32}}}}
+  variants:
+    pairs:
+      options: {{rows_per_program: 2}}
+      when: {{topk: {{max: 16}}, num_tokens: {{min: 640}}}}
+```
+
+Each variant is an implementation of its own. `router.pairs` gets `dependent_launch: late` and `rows_per_program: 2`,
+and its `when` is `{{platform: cuda, scoring: softmax, topk: {{max: 16}}, num_tokens: {{min: 640}}}}`. Target,
+`numerics` and `fallback` are those of `router`. A variant has to be provably narrower than its implementation, and so
+goes first; one that is wider in a trait, or has the very same box, is an error. Two that overlap with neither inside
+the other need a `rank`, as [everywhere](#order). A variant has no variants. `list`, `explain`, `verify`, `bench`, plans
+and `dispatch(implementation=NAME)` know each by its own name; [override files](#override-file) can mean all by one.
 
 ## `when`: the calls that an implementation serves
 
@@ -267,8 +294,10 @@ chosen. The order in the file decides nothing.
 
 `use` is strict: a call that it matches and can't serve raises. `prefer` is its soft form. In one file a narrower rule
 goes first, and two rules that would decide one call differently are an error. A rule that can never have an effect is
-an error when the file is loaded; one that no dispatched call matched is an error at `freeze()`. How files, contexts
-and plans are layered is in [overrides.md](overrides.md). {ops}
+an error when the file is loaded; one that no dispatched call matched is an error at `freeze()`. The name of an
+implementation means its variants too: `disable` takes all of them away, and with `use` and `prefer` the order decides
+among those that serve the call. The name of a variant means that one. How files, contexts and plans are layered is in
+[overrides.md](overrides.md). {ops}
 ## Errors
 
 All derive from `kernel_registry.errors.RegistryError`, and say where (file and line), what was expected and what to do.
@@ -300,7 +329,8 @@ def document() -> str:
     space = ops["moe.topk"].space
     return _TEXT.format(
         registry_file=keys(schema.RegistryFile), op_entry=keys(schema.OpEntry), override_file=keys(schema.OverrideFile),
-        implementation_entry=keys(schema.ImplementationEntry), override_entry=keys(schema.OverrideEntry),
+        implementation_entry=keys(schema.ImplementationEntry), variant_entry=keys(schema.VariantEntry),
+        override_entry=keys(schema.OverrideEntry),
         forms=forms(space), refused_forms=refused_forms(space), patterns=patterns(), relations=relations(space),
         op_links="\n".join(f"- [{name}](#{name.replace('.', '')})" for name in ops),
         ops="".join(op_section(op) for op in ops.values()), errors=every_error())

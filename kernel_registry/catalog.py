@@ -7,7 +7,7 @@ an error here, so that no accident of registration order ever decides.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Iterable, Mapping
 
 from . import targets
@@ -16,7 +16,7 @@ from .competition import bits, relations
 from .contract import Contract, TraitSpace
 from .document import Document
 from .errors import AmbiguityError, DocumentError, TargetError, TraitError, UnknownNameError, suggestion
-from .schema import OpEntry
+from .schema import OpEntry, VariantEntry
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +33,7 @@ class Implementation:
     fallback: bool = False
     numerics: str | None = None
     options: Mapping[str, object] = field(default_factory=dict)
+    variant_of: str = ""  # the name of the implementation under whose `variants` it stands
 
     @property
     def precedence(self) -> tuple[bool, int]:
@@ -125,15 +126,47 @@ def _space(op: str, target: str, where: str) -> TraitSpace:
 def _read(document: Document, op: str, entry: OpEntry, space: TraitSpace) -> Iterable[Implementation]:
     for name, item in entry.implementations.items():
         path = ("ops", op, "implementations", name)
-        for option in item.options:
-            if option in space.all:
-                raise DocumentError(f"option {option!r} of {name} is a trait of {op}",
-                                    where=document.where((*path, "options", option)),
-                                    hint="say in `when` which of its values are served, or rename the option")
+        _refuse_traits(document, path, name, item.options, space)
         box = read_box(space, item.when, closed=True,
                        where=lambda key: document.where((*path, "when", *key) if key else path))
-        yield Implementation(op, name, item.target, box, document.where(path), item.summary, item.rank, item.fallback,
-                             item.numerics, item.options)
+        whole = Implementation(op, name, item.target, box, document.where(path), item.summary, item.rank, item.fallback,
+                               item.numerics, item.options)
+        yield whole
+        for short, variant in item.variants.items():
+            yield _variant(document, (*path, "variants", short), whole, variant, space)
+
+
+def _variant(document: Document, path: tuple, whole: Implementation, entry: VariantEntry, space: TraitSpace
+             ) -> Implementation:
+    """The implementation that `entry` makes of `whole`. From here on nothing but its `variant_of` tells it apart from
+    one that is written out."""
+    name = f"{whole.name}.{path[-1]}"
+    _refuse_traits(document, path, name, entry.options, space)
+    own = read_box(space, entry.when, lambda key: document.where((*path, "when", *key)), closed=False)
+    wider = [trait for trait, values in whole.box.sets.items() if trait in entry.when
+             and not (trait in own.sets and values.covers(own.sets[trait]))]
+    if wider:  # else the order of the two would be open, and a rule for the implementation would reach other calls
+        apart = "; ".join(f"{t} is {own.sets.get(t, 'any')}, {whole.name} serves {whole.box.sets[t]}" for t in wider)
+        raise DocumentError(f"{name} is not provably inside {whole.name} ({whole.where}), whose variant it is: {apart}",
+                            where=document.where((*path, "when", wider[0])),
+                            hint=f"narrow it, widen {whole.name}, or write it out as an implementation of its own")
+    box = Box({**whole.box.sets, **own.sets}, whole.box.relations + own.relations, whole.box.checks + own.checks,
+              space.dynamic)
+    if box.covers(whole.box):
+        raise DocumentError(f"{name} declares the same box as {whole.name} ({whole.where}), whose variant it is: one "
+                            "of the two could never be chosen", where=document.where(path),
+                            hint=f"narrow it with a line in its `when`, or give its options to {whole.name}")
+    return replace(whole, name=name, box=box, where=document.where(path), summary=entry.summary or whole.summary,
+                   rank=whole.rank if entry.rank is None else entry.rank, options={**whole.options, **entry.options},
+                   variant_of=whole.name)
+
+
+def _refuse_traits(document: Document, path: tuple, name: str, options: Iterable[str], space: TraitSpace) -> None:
+    for option in options:
+        if option in space.all:
+            raise DocumentError(f"option {option!r} of {name} is a trait of {space.op}",
+                                where=document.where((*path, "options", option)),
+                                hint="say in `when` which of its values are served, or rename the option")
 
 
 def _ordered(op: str, implementations: tuple[Implementation, ...]) -> tuple[Implementation, ...]:

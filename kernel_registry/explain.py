@@ -13,14 +13,15 @@ from typing import Container, Mapping, Sequence
 from .catalog import Implementation, Op
 from .contract import Request
 from .errors import RegistryError
-from .overrides import Layer
-from .selection import REFUSALS, Considered, decide, table
+from .overrides import Layer, Rule
+from .selection import REFUSALS, Considered, decide, denier, table
 
 
 @dataclass(frozen=True)
 class Candidate:
     """One implementation's part in the story: `failures` are all the reasons, `denied` the rule that disables it,
-    `options` what its target is given beside the traits, `lasting` those failures that no open trait can mend."""
+    `options` what its target is given beside the traits, `lasting` those failures that no open trait can mend,
+    `variant_of` the implementation whose variant it is."""
 
     name: str
     where: str
@@ -28,6 +29,7 @@ class Candidate:
     denied: str = ""
     options: Mapping[str, object] = field(default_factory=dict)
     lasting: tuple[str, ...] = ()
+    variant_of: str = ""
 
     @property
     def serves(self) -> bool:
@@ -134,18 +136,17 @@ def _case(op: Op, request: Request, conditions: Mapping[str, str], traits: dict[
         decided_by = str(decision.rule) if decision.rule else f"the registry's order, {decision.implementation.where}"
     except REFUSALS as failure:
         error = failure.message
-    denied: dict[str, str] = {}
+    denied: dict[str, Rule] = {}
     for rule, outcome in rules:
         if rule.action == "disable":
-            denied.setdefault(rule.implementation, str(rule))
-    candidates = tuple(_candidate(i, request.open, conditions, traits, denied.get(i.name, ""))
-                       for i in op.implementations)
+            denied.setdefault(rule.implementation, rule)
+    candidates = tuple(_candidate(i, request.open, conditions, traits, denier(denied, i)) for i in op.implementations)
     return Case(tuple(conditions.values()), winner, decided_by, candidates, tuple(rules), error,
                 {name: traits[name] for name in conditions})
 
 
 def _candidate(implementation: Implementation, left_open: Sequence[str], conditions: Mapping[str, str],
-               traits: dict[str, object], denied: str) -> Candidate:
+               traits: dict[str, object], denial: Rule | None) -> Candidate:
     def told(failure) -> str:
         name = failure.what
         if name not in left_open:
@@ -159,7 +160,9 @@ def _candidate(implementation: Implementation, left_open: Sequence[str], conditi
         lasting = tuple(str(failure) for failure in found if failure.what not in left_open)
     except RegistryError as error:  # a Python check that can't be asked, of one that the decision did not need to ask
         failures = lasting = (error.message,)
-    return Candidate(implementation.name, implementation.where, failures, denied, implementation.options, lasting)
+    denied = denial.told_of(implementation) if denial else ""
+    return Candidate(implementation.name, implementation.where, failures, denied, implementation.options, lasting,
+                     implementation.variant_of)
 
 
 def _refused(name: str, reasons: Sequence[str], near: bool, width: int) -> str:
@@ -181,14 +184,15 @@ def _case_lines(case: Case, told: Container[str], width: int) -> list[str]:
         if candidate.name == case.winner:
             lines.append(f"   * {candidate.name:<{width}}  chosen")
         elif candidate.serves:
-            lines.append(f"     {candidate.name:<{width}}  could serve, but {_why_not(case)}")
+            lines.append(f"     {candidate.name:<{width}}  could serve, but {_why_not(case, candidate)}")
         else:
             lines.append(_refused(candidate.name, candidate.reasons, candidate.name in near, width))
     return lines
 
 
-def _why_not(case: Case) -> str:
+def _why_not(case: Case, candidate: Candidate) -> str:
     """Why one that could serve is not what serves."""
-    if any(rule.action != "disable" and (outcome == "decides" or rule.action == "use") for rule, outcome in case.rules):
+    if any(rule.action != "disable" and (outcome == "decides" or rule.action == "use") and not rule.means(candidate)
+           for rule, outcome in case.rules):
         return "another was asked for"  # and serves, or can't: a strict choice lets nothing else in
     return "goes later" if case.winner else "the loaded plan, which is strict, does not hold this call"

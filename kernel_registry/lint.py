@@ -58,10 +58,12 @@ def _lint_op(op: Op, source: str) -> Iterator[Finding]:
     yield from _shadowed(op)
     broken = False
     for implementation in op.implementations:
-        if targets.source_file(implementation.target) is None:
+        whole = op.by_name.get(implementation.variant_of)  # what a variant has from there is told there
+        if whole is None and targets.source_file(implementation.target) is None:
             yield Finding("warning", implementation.where, f"{implementation.name}: the module of target "
                           f"{implementation.target!r} is not installed here")
-        yield from _unknown_architectures(implementation)
+        if whole is None or whole.box.sets.get("platform") is not implementation.box.sets.get("platform"):
+            yield from _unknown_architectures(implementation)
         try:
             if _serves_nothing(op, implementation):
                 yield Finding("warning", implementation.where, f"{implementation.name} serves nothing: no call that "

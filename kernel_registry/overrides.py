@@ -1,9 +1,11 @@
 """Overrides: rules that change a choice without code, in layers, each with its provenance.
 
 A rule says `use` (strict: if it can't serve the call, the dispatch raises), `prefer` (soft) or `disable`, for the calls
-that its `when` matches. Layers, strongest first: the call itself, contexts from the innermost out, rules of files that
-name the active model, the environment's file, loaded files from the latest back, what the registry ships. Within one
-layer a narrower rule goes first; two rules of one layer that could decide one call differently are an error.
+that its `when` matches. The name of an implementation means its variants too, among which the registry's order decides.
+
+Layers, strongest first: the call itself, contexts from the innermost out, rules of files that name the active model,
+the environment's file, loaded files from the latest back, what the registry ships. Within one layer a narrower rule
+goes first; two rules of one layer that could decide one call differently are an error.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ ACTIONS = ("use", "prefer", "disable")
 @dataclass(frozen=True, eq=False)
 class Rule:
     """One override. `where` is "file:line", or a description of the code that set it ("" where `layer` says it all).
-    `frozen`, of a plan's rule, is what decided when the plan was frozen, so that freezing again gives the same plan."""
+    `frozen`, of a plan's rule, is what decided when the plan was frozen, so that freezing again gives the same plan.
+    `family`: the name means the implementation's variants too; not so in a plan, or where a call names its own."""
 
     action: str
     op: str
@@ -35,12 +38,21 @@ class Rule:
     model: str | None = None
     reason: str = ""
     frozen: str = ""
+    family: bool = False
 
     def __str__(self):
         reason = f" ({self.reason})" if self.reason else ""
         scope = f" for model {self.model}" if self.model else ""
         source = f"{self.layer}, {self.where}" if self.where else self.layer
         return f"{self.action} {self.implementation}{scope}: {source}{reason}"
+
+    def means(self, one) -> bool:
+        """Whether it names `one` (anything with a `name` and `variant_of`), or the implementation of that variant."""
+        return self.implementation == one.name or self.family and self.implementation == one.variant_of
+
+    def told_of(self, one: Implementation) -> str:
+        """The rule as a reason why `one` is not chosen."""
+        return str(self) if self.implementation == one.name else f"as a variant of {one.variant_of}: {self}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +84,7 @@ def make_rule(catalog: Catalog, action: str, op: str, implementation: str, when:
                  for name, values in named.box.sets.items() if name in box.sets and not values.meets(box.sets[name])]
         raise OverrideError(f"`{action} {implementation}` can never take effect: {'; '.join(apart)}", where=where,
                             hint="change the match, or name an implementation that serves it (kernel-registry list)")
-    return Rule(action, op, implementation, box, where, layer, model, reason)
+    return Rule(action, op, implementation, box, where, layer, model, reason, family=True)
 
 
 def read_layer(catalog: Catalog, document: Document, entries: list[OverrideEntry], name: str) -> Layer:

@@ -58,8 +58,8 @@ class Registry:
         """The kernel that serves `op` for these traits, bound to them. Same traits, same object.
 
         Absent traits take their neutral value, an absent platform is this machine's, and absent dynamic traits
-        (num_tokens, contiguous) are read off each call. `implementation` is the strictest override: that one or an
-        error.
+        (num_tokens, contiguous) are read off each call. `implementation` is the strictest override: that one, none
+        of its variants, or an error.
         """
         scope = self._scope.get()
         cache = self._cache if scope is None else self._scoped_cache(scope)
@@ -97,12 +97,13 @@ class Registry:
 
     def override(self, op: str, implementation: str, /, *, prefer: bool = False, **match) -> "Override":
         """`with registry.override(op, implementation, **match):` dispatches made inside use that implementation, for
-        calls that `match` (values or the mappings of YAML: num_tokens={"max": 64}). Strict unless `prefer`. Right in
-        threads and asyncio. Kernels bound before stay as they are."""
+        calls that `match` (values or the mappings of YAML: num_tokens={"max": 64}), or a variant of it where that goes
+        first. Strict unless `prefer`. Right in threads and asyncio. Kernels bound before stay as they are."""
         return Override(self, "prefer" if prefer else "use", op, implementation, match)
 
     def disable(self, op: str, implementation: str, /, **match) -> "Override":
-        """`with registry.disable(op, implementation, **match):` dispatches made inside never choose it."""
+        """`with registry.disable(op, implementation, **match):` dispatches made inside never choose it, nor one
+        of its variants."""
         return Override(self, "disable", op, implementation, match)
 
     def model(self, name: str) -> "Override":

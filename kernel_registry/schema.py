@@ -25,6 +25,7 @@ def _scalar(value: object, union) -> object:
 
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][\w.\-]*$")]
+Plain = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][\w\-]*$")]
 Keyword = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]\w*$")]
 Scalar = Annotated[Union[bool, int, Annotated[float, Field(allow_inf_nan=False)], str], WrapValidator(_scalar)]
 _TARGET = f"^{targets.FORM}$"
@@ -35,6 +36,17 @@ When = Field(default_factory=dict, description="trait: value, [values], any, {mi
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class VariantEntry(_Strict):
+    """One kernel with other options, for a part of what its implementation serves."""
+
+    options: dict[Keyword, Scalar] = Field(default_factory=dict,
+                                           description="laid over the implementation's, key by key")
+    summary: str = Field("", description="one line for people; absent: the implementation's")
+    when: dict[str, Any] = Field(
+        description="laid over the implementation's, line by line; what stands under `relations` and `python` is added")
+    rank: Optional[int] = Field(None, description="absent: the implementation's")
 
 
 class ImplementationEntry(_Strict):
@@ -51,6 +63,9 @@ class ImplementationEntry(_Strict):
     numerics: Optional[str] = Field(
         None, description="implementations of one op with the same tag agree bit for bit; "
                           "batch-invariant plans need it")
+    variants: dict[Plain, VariantEntry] = Field(
+        default_factory=dict, description="the same kernel with other options for a part of these calls, each an "
+                                          "implementation called NAME.VARIANT")
 
 
 class OpEntry(_Strict):
@@ -72,9 +87,11 @@ class OverrideEntry(_Strict):
     """One line of an override file: exactly one of use (strict), prefer (soft) and disable."""
 
     op: str
-    use: Optional[str] = Field(None, description="this implementation; a call that it can't serve raises")
-    prefer: Optional[str] = Field(None, description="this implementation where it can serve, else as without the line")
-    disable: Optional[str] = Field(None, description="never this implementation")
+    use: Optional[str] = Field(
+        None, description="this implementation or a variant of it; a call that it can't serve raises")
+    prefer: Optional[str] = Field(
+        None, description="this implementation or a variant of it where it can serve, else as without the line")
+    disable: Optional[str] = Field(None, description="never this implementation, nor one of its variants")
     when: dict[str, Any] = When
     model: Optional[str] = Field(None, description="only inside registry.model(NAME): target, draft, vision, ...")
     reason: str = Field("", description="shown by explain: who decided this and why")
@@ -111,24 +128,23 @@ def validate(model: type[_Model], document: Document) -> _Model:
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     place = ".".join(map(str, path)) or "the file"
     if first["type"] == "extra_forbidden":
-        known = _fields_at(model, path[:-1])
-        raise DocumentError(f"unknown key {path[-1]!r}{more}", where=document.where(path),
-                            hint=suggestion(path[-1], known))
+        entry = _entry_at(model, path[:-1])
+        hint = suggestion(path[-1], entry.model_fields)
+        if entry is VariantEntry and path[-1] in ImplementationEntry.model_fields:
+            hint = f"only an implementation has `{path[-1]}`; a variant has {', '.join(entry.model_fields)}"
+        raise DocumentError(f"unknown key {path[-1]!r}{more}", where=document.where(path), hint=hint)
     if first["type"] == "missing":
         raise DocumentError(f"{place} is missing{more}", where=document.where(path[:-1]), hint=f"add `{path[-1]}: ...`")
     raise DocumentError(f"{place}: {first['msg']}, got {first['input']!r:.60}{more}", where=document.where(path))
 
 
-def _fields_at(model: type[BaseModel], path: tuple) -> list[str]:
-    """The keys allowed at `path` below `model`: follows dict and list entries by their value type."""
-    for part in path:
-        if model is OverrideFile and part == "overrides":
-            model = OverrideEntry
-        elif part == "ops":
-            model = OpEntry
-        elif part == "implementations":
-            model = ImplementationEntry
-    return list(model.model_fields)
+def _entry_at(model: type[BaseModel], path: tuple) -> type[BaseModel]:
+    """The model of the entry at `path` in a file that is a `model`: how deep it stands says which."""
+    if not path:
+        return model
+    if path[0] == "overrides":
+        return OverrideEntry
+    return {2: OpEntry, 4: ImplementationEntry, 6: VariantEntry}[len(path)]
 
 
 def json_schema(kind: Literal["registry", "overrides"] = "registry") -> dict:

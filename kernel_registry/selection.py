@@ -54,10 +54,14 @@ def decide(op: Op, traits: Mapping[str, object], layers: Sequence[Layer],
                 continue
             chosen = op.implementation(rule.implementation, rule.where)  # a context may outlive what it names
             reasons = [str(f) for f in chosen.box.failures(traits)]
-            if chosen.name in denied:
-                reasons.append(f"disabled by a layer at least as strong ({denied[chosen.name]})")
+            denial = denier(denied, chosen)
+            if denial:
+                reasons.append(f"disabled by a layer at least as strong ({denial})")
             if not reasons:
                 note(Considered(rule, "decides"))
+                if rule.family:  # its variants lie inside it: they serve nothing where it does not, but may go first
+                    chosen = next(i for i in op.implementations if rule.means(i) and not denier(denied, i)
+                                  and i.box.admits(traits))
                 return Decision(chosen, rule)
             note(Considered(rule, "can't serve: " + "; ".join(reasons)))
             if rule.action == "use":
@@ -69,17 +73,23 @@ def decide(op: Op, traits: Mapping[str, object], layers: Sequence[Layer],
             raise PlanError(f"the loaded plan does not hold this call of {op.name}", where=layer.name,
                             hint="freeze again with this call, or load the plan with strict=False")
     for implementation in op.implementations:
-        if implementation.name not in denied and implementation.box.admits(traits):
+        if not (denied and denier(denied, implementation)) and implementation.box.admits(traits):
             return Decision(implementation)
     raise NoImplementationError(f"nothing serves {op.name} for these traits", hint=_why_nothing(op, traits, denied))
+
+
+def denier(denied: Mapping[str, Rule], implementation: Implementation) -> Rule | None:
+    """Which of the disabling rules `denied`, by the name they say, disables it: its own or its implementation's."""
+    return denied.get(implementation.name) or denied.get(implementation.variant_of)
 
 
 def _why_nothing(op: Op, traits: Mapping[str, object], denied: Mapping[str, Rule]) -> str:
     lines = []
     for implementation in op.implementations[:12]:
         reasons = [str(f) for f in implementation.box.failures(traits)]
-        if implementation.name in denied:
-            reasons.append(str(denied[implementation.name]))
+        denial = denier(denied, implementation)
+        if denial:
+            reasons.append(denial.told_of(implementation))
         lines.append(f"{implementation.name}: {'; '.join(reasons)}")
     left = len(op.implementations) - len(lines)
     return "every candidate refused:\n    " + "\n    ".join(lines or ["none is registered"]) \

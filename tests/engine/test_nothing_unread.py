@@ -11,7 +11,15 @@ import pytest
 import kernel_registry
 from kernel_registry.contract import Contract, Request, Workload
 from kernel_registry.errors import RegistryError
-from kernel_registry.schema import ImplementationEntry, OpEntry, OverrideEntry, OverrideFile, RegistryFile, json_schema
+from kernel_registry.schema import (
+    ImplementationEntry,
+    OpEntry,
+    OverrideEntry,
+    OverrideFile,
+    RegistryFile,
+    VariantEntry,
+    json_schema,
+)
 from kernel_registry.traits.trait import KINDS, TYPES, Trait
 
 ENGINE = Path(kernel_registry.__file__).parent
@@ -29,7 +37,9 @@ def reads(*, without=()) -> dict[str, set[str]]:
     return found
 
 
-@pytest.mark.parametrize("model", [RegistryFile, OpEntry, ImplementationEntry, OverrideFile, OverrideEntry])
+@pytest.mark.parametrize(
+    "model", [RegistryFile, OpEntry, ImplementationEntry, VariantEntry, OverrideFile, OverrideEntry]
+)
 def test_every_key_of_a_file_is_read(model):
     readers = reads(without=("schema.py",))
     by_name = {"use", "prefer", "disable"}  # read by overrides.py through ACTIONS
@@ -48,6 +58,7 @@ EFFECTS = {
     "rank": ({"rank": 7}, lambda r, op: r.catalog.op(op).by_name["a"].precedence),
     "fallback": ({"when": {}, "fallback": True}, lambda r, op: r.catalog.op(op).by_name["a"].precedence),
     "numerics": ({"numerics": "bits"}, lambda r, op: r.catalog.op(op).by_name["a"].numerics),
+    "variants": ({"variants": {"many": {"when": {"num_tokens": {"min": 9}}}}}, lambda r, op: r.bind(op, size=8).name),
 }
 
 
