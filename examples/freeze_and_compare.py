@@ -53,7 +53,7 @@ def main() -> None:
     registry.load_plan(folder / "plan.json")  # raises PlanError if a kernel's source has changed since
     route = registry.bind("moe.topk", **DEEPSEEK)
     print("from the plan:", route.name)
-    assert route.name == "triton_biased_grouped|triton_biased_grouped_pairs"  # by num_tokens
+    assert route.name.startswith("triton_biased_grouped|.")  # which variant, a call's num_tokens says
     try:
         registry.bind("moe.topk", num_experts=32, topk=2)
     except PlanError as error:

@@ -47,7 +47,7 @@ def main() -> None:
         weights, ids = router(hidden, gate, bias)
         ran = [kernel.name for kernel in registry.kernels]
         print(f"under an override: {len(graphs)} graph, served so far by {', '.join(ran)}")
-    assert ran == ["triton_biased_grouped|triton_biased_grouped_pairs", "torch"]  # the first two by num_tokens
+    assert ran[0].startswith("triton_biased_grouped|.") and ran[1:] == ["torch"]  # num_tokens says which
     assert len(graphs) == 1
     assert torch.equal(ids, topk_ids) and torch.allclose(weights, topk_weights)
 

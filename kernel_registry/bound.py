@@ -16,7 +16,7 @@ from . import targets
 from .catalog import Implementation, Op
 from .contract import Request
 from .errors import TargetError, suggestion
-from .selection import Table
+from .selection import Table, one_name
 
 
 class BoundKernel(partial):
@@ -48,8 +48,9 @@ class BoundKernel(partial):
 
     @property
     def name(self) -> str:
-        """The implementation's name; names joined by "|" where the choice depends on a dynamic trait."""
-        return "|".join(self.table.winners())
+        """The implementation's name; where the choice depends on a dynamic trait, names joined by "|", a variant's
+        after its implementation's without it: "router|.pairs"."""
+        return one_name(self.table.winners())
 
     @property
     def traits(self) -> Mapping[str, object]:
@@ -72,18 +73,26 @@ def make_call(op: Op, request: Request, table: Table, made: dict[str, Callable])
         if implementation.name not in made:
             made[implementation.name] = make_kernel(implementation, request)
         return made[implementation.name]
-    read = op.contract.dynamic[table.trait]
+    reader = op.contract.dynamic[table.trait]
+    first = next(iter(inspect.signature(op.contract.signature).parameters))
+
+    def read(args, kwargs):
+        if not args and first not in kwargs:
+            raise TypeError(f"{op.name} was called without {first}")
+        return reader(args[0] if args else kwargs[first])
+
     calls = [make_call(op, request, branch, made) for branch in table.branches]
     bounds = table.bounds
     if isinstance(bounds[0], bool):
         no, yes = calls
 
         def by_flag(*args, **kwargs):
-            return (yes if read(*args, **kwargs) else no)(*args, **kwargs)
+            return (yes if read(args, kwargs) else no)(*args, **kwargs)
         return by_flag
 
     def by_range(*args, **kwargs):
-        return calls[bisect_right(bounds, read(*args, **kwargs))](*args, **kwargs)
+        value = reader(args[0]) if args else read(args, kwargs)  # the first saves a call, and this one is in every call
+        return calls[bisect_right(bounds, value)](*args, **kwargs)
     return by_range
 
 

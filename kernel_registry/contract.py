@@ -33,7 +33,7 @@ class Contract:
     traits: ClassVar[Sequence[Trait]] = ()
     derived: ClassVar[Mapping[str, str]] = {}  # name -> expression over the traits; predicates may use it
     relations: ClassVar[Sequence[str]] = ()  # must hold for every call, whichever implementation serves it
-    dynamic: ClassVar[Mapping[str, Callable]] = {}  # dynamic trait -> function(*call arguments) that reads it
+    dynamic: ClassVar[Mapping[str, Callable]] = {}  # dynamic trait -> reads it off a call's first argument
     schema: ClassVar[str] = ""  # torch.library schema of the op, without its name; "" = not offered as a torch op
     oracle: ClassVar[str] = ""  # "module:function": check(traits, args, kwargs, outputs) -> Verdict
     cases: ClassVar[str] = ""  # "module": inputs(), FLAVOURS and named workloads

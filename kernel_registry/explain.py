@@ -7,6 +7,7 @@ candidate for all of its failures instead of the first.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Container, Mapping, Sequence
 
@@ -14,7 +15,7 @@ from .catalog import Implementation, Op
 from .contract import Request
 from .errors import RegistryError
 from .overrides import Layer, Rule
-from .selection import REFUSALS, Considered, decide, denier, table
+from .selection import REFUSALS, Considered, decide, denier, one_name, table
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Explanation:
     def winner(self) -> str | None:
         """What `dispatch(...).name` is for the same traits; None where that dispatch raises."""
         names = [case.winner for case in self.cases]
-        return None if None in names else "|".join(dict.fromkeys(names))
+        return None if None in names else one_name(names)
 
     @property
     def in_no_range(self) -> dict[str, tuple[str, ...]]:
@@ -96,7 +97,8 @@ class Explanation:
             "conditions": list(case.conditions), "winner": case.winner, "decided_by": case.decided_by,
             "error": case.error,
             "candidates": [{"name": c.name, "where": c.where, "serves": c.serves, "failures": list(c.failures),
-                            "denied": c.denied, "options": c.options} for c in case.candidates],
+                            "denied": c.denied, "options": c.options, "variant_of": c.variant_of}
+                           for c in case.candidates],
             "near_misses": [c.name for c in case.near_misses],
             "overrides": [{"rule": str(rule), "where": rule.where, "layer": rule.layer, "outcome": outcome}
                           for rule, outcome in case.rules]} for case in self.cases]
@@ -106,14 +108,16 @@ class Explanation:
         return json.dumps(story, indent=2, sort_keys=True)
 
     def text(self) -> str:
-        lines, never = [self.request], self.in_no_range
-        width = max((len(c.name) for case in self.cases for c in case.candidates), default=0)
+        never = self.in_no_range
+        everyone = self.cases[0].candidates if self.cases else ()
+        labels, folded = _fold([c for c in everyone if c.name in never])
         near = {c.name for case in self.cases for c in case.near_misses}
-        lines += ["  in no range:"] * bool(never)
-        lines += [_refused(name, reasons, name in near, width) for name, reasons in never.items()]
-        for case in self.cases:
-            lines += _case_lines(case, never, width)
-        return "\n".join(lines)
+        rows = [("x~"[name in near], labels[name], _told(reasons, name in near))
+                for name, reasons in never.items() if name not in folded]
+        parts = [(["  in no range:"] * bool(never), rows), *(_case_rows(case, never) for case in self.cases)]
+        width = max((len(label) for _, rows in parts for _, label, _ in rows), default=0)
+        return "\n".join([self.request, *(line for head, rows in parts for line in (
+            *head, *(f"   {mark} {label:<{width}}  {told}" for mark, label, told in rows)))])
 
     __str__ = text
 
@@ -165,29 +169,35 @@ def _candidate(implementation: Implementation, left_open: Sequence[str], conditi
                      implementation.variant_of)
 
 
-def _refused(name: str, reasons: Sequence[str], near: bool, width: int) -> str:
-    return f"   {'~' if near else 'x'} {name:<{width}}  " \
-        + (f"one predicate away: {reasons[0]}" if near else "; ".join(reasons))
+def _told(reasons: Sequence[str], near: bool) -> str:
+    return f"one predicate away: {reasons[0]}" if near else "; ".join(reasons)
 
 
-def _case_lines(case: Case, told: Container[str], width: int) -> list[str]:
-    """Without the candidates that have been told."""
-    head = f"  when {', '.join(case.conditions)}:" if case.conditions else ""
-    lines = [head] if head else []
-    lines.append(f"  -> {case.winner}  [{case.decided_by}]" if case.winner else f"  -> nothing: {case.error}")
-    for rule, outcome in case.rules:
-        lines.append(f"     override  {rule}: {outcome}")
+def _fold(refused: Sequence[Candidate]) -> tuple[dict[str, str], set[str]]:
+    """(name -> label, names left out): what refuses an implementation refuses its variants, so they share its line."""
+    names = {c.name for c in refused}
+    folded = {c.name: c.variant_of for c in refused if c.variant_of in names}
+    count = Counter(folded.values())
+    more = {name: f" and its {n} variants" if n > 1 else " and its variant" for name, n in count.items()}
+    return {name: name + more.get(name, "") for name in names}, {*folded}
+
+
+def _case_rows(case: Case, told: Container[str]) -> tuple[list[str], list[tuple[str, str, str]]]:
+    """(the lines at the head of a case, a row of mark, label and reason for each candidate that has not been told)."""
+    head = [f"  when {', '.join(case.conditions)}:"] if case.conditions else []
+    head.append(f"  -> {case.winner}  [{case.decided_by}]" if case.winner else f"  -> nothing: {case.error}")
+    head += [f"     override  {rule}: {outcome}" for rule, outcome in case.rules]
     near = {c.name for c in case.near_misses}
-    for candidate in case.candidates:
-        if candidate.name in told:
-            continue
-        if candidate.name == case.winner:
-            lines.append(f"   * {candidate.name:<{width}}  chosen")
-        elif candidate.serves:
-            lines.append(f"     {candidate.name:<{width}}  could serve, but {_why_not(case, candidate)}")
-        else:
-            lines.append(_refused(candidate.name, candidate.reasons, candidate.name in near, width))
-    return lines
+    labels, folded = _fold([c for c in case.candidates if c.name not in told and not c.serves])
+    rows = []
+    for c in case.candidates:
+        if c.name == case.winner:
+            rows.append(("*", c.name, "chosen"))
+        elif c.serves:
+            rows.append((" ", c.name, f"could serve, but {_why_not(case, c)}"))
+        elif c.name in labels and c.name not in folded:
+            rows.append(("x~"[c.name in near], labels[c.name], _told(c.reasons, c.name in near)))
+    return head, rows
 
 
 def _why_not(case: Case, candidate: Candidate) -> str:

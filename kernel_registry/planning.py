@@ -119,16 +119,18 @@ def _no_fast_kernel(op: Op, case: Case) -> str:
     if not refused:
         return "no fast kernel: none is registered"
     nearest = min(refused, key=lambda c: (len(c.failures) + bool(c.denied), not c.denied,
-                                          any(f.startswith("platform") for f in c.failures)))
+                                          any(f.startswith("platform") for f in c.failures), bool(c.variant_of)))
     reasons = [*nearest.failures, *([nearest.denied] if nearest.denied else [])]
     more = f" and {len(reasons) - _REASONS} more" if len(reasons) > _REASONS else ""
     return f"no fast kernel: nearest is {nearest.name}, refused because {'; '.join(reasons[:_REASONS])}{more}"
 
 
 def _matched(op: Op, winner: Implementation, traits: Mapping[str, object]) -> str:
-    """What sets the winner's box apart: first the predicates that the other kernels fail, then its own sizes."""
+    """What sets the winner's box apart: first the predicates that the other kernels fail, then its own sizes. Of a
+    variant, what sets its implementation apart: which of them serves is a question of sizes."""
+    winner = op.by_name.get(winner.variant_of, winner)
     told = [name for name in winner.box.sets if name in traits and op.space.all[name].type != "platform"]
-    rivals = [i.box for i in op.implementations if i is not winner and not i.fallback]
+    rivals = [i.box for i in op.implementations if i is not winner and not i.variant_of and not i.fallback]
     telling = [n for n in told if any(n in box.sets and not box.sets[n].admits(traits[n]) for box in rivals)]
     sizes = [n for n in told if op.space.all[n].type == "int" and not _neutral(op, n, traits)]
     shown = list(dict.fromkeys([*telling, *sizes]))[:_REASONS]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 TOKENS = (1, 16, 256)
 _TOKENS_INTERPRETED = (1, 16)  # the interpreter takes milliseconds a row
-_SECONDS = {"interpreter": 4096, "cpu": 16_384}  # tokens that take seconds there; more only when asked for
+_SECONDS = {"interpreter": 2048, "cpu": 16_384}  # tokens that take seconds there; more only when asked for
 
 
 @dataclass(frozen=True)

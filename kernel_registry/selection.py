@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from dataclasses import dataclass, replace
-from typing import Iterator, Mapping, NamedTuple, Sequence
+from typing import Iterable, Iterator, Mapping, NamedTuple, Sequence
 
 from .catalog import Implementation, Op
 from .contract import Request
@@ -76,6 +76,16 @@ def decide(op: Op, traits: Mapping[str, object], layers: Sequence[Layer],
         if not (denied and denier(denied, implementation)) and implementation.box.admits(traits):
             return Decision(implementation)
     raise NoImplementationError(f"nothing serves {op.name} for these traits", hint=_why_nothing(op, traits, denied))
+
+
+def one_name(names: Iterable[str]) -> str:
+    """Several implementations' names as one: "router|.pairs|torch" for router, router.pairs and torch."""
+    shown, family = [], None
+    for name in dict.fromkeys(names):
+        whole, _, variant = name.rpartition(".")
+        shown.append(f".{variant}" if whole == family else name)
+        family = family if whole == family else name
+    return "|".join(shown)
 
 
 def denier(denied: Mapping[str, Rule], implementation: Implementation) -> Rule | None:

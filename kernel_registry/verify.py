@@ -3,7 +3,8 @@
 For every implementation the declared box is sampled inside, on its edges and just outside (see sampling.py), beside the
 op's named model workloads. Inside and edge points run and are judged by the contract's oracle; points outside must be
 refused by a dispatch that names the implementation. Implementations with one `numerics` tag are compared bit for bit,
-each with each; two that serve different numbers of tokens on the rows that a large call begins with.
+each with each, but the variants of one implementation each with it instead: it serves every call of theirs. Two that
+serve different numbers of tokens are compared on the rows that a large call begins with.
 What can't run on this machine is "not run", with the reason, and never counts as passed.
 """
 
@@ -29,7 +30,8 @@ UNDECIDED_LIMIT = 0.01  # of the rows of model workloads; above it the compariso
 _UNDECIDED_SLACK = 2  # rows that may be undecided however few were judged
 _TOKENS = (33, 1, 64, 17, 5)
 _TOKENS_CAP = {"interpreter": 300, "cpu": 20_000}  # more points of larger calls would take minutes there
-_TOKENS_MOST = {"interpreter": 8192, "cpu": 100_000}  # for the few points of a box that asks for more than the cap
+_TOKENS_MOST = {"interpreter": 12_288, "cpu": 100_000}  # the few points of a box that asks for more than the cap have
+# so many in all: three of 4096, one of 12288
 _FEW = 2  # comparisons of two implementations that each take more tokens than the cap
 _INSIDE = ("model", "edge", "inside")
 
@@ -168,8 +170,10 @@ class _Verifier:
             if len(some_of) < len(all_of):
                 self.notes.append(f"{implementation.name}: the budget covers {len(some_of)} of {len(all_of)} {kind}")
         least = nearest(implementation.box.sets.get("num_tokens"), 0)
-        few = [min((p for p in points if p.where == where), key=_size) for where in {p.where for p in points}] \
+        few = [min((p for p in points if p.where == where), key=_size)
+               for where in ("edge", "inside", "model") if any(p.where == where for p in points)] \
             if least > self.cap else []  # the smallest of each kind, with as few tokens as the box admits
+        few = [p for n, p in enumerate(few, 1) if n == 1 or n * least <= self.most]
         judged = undecided = 0
         for index, point in enumerate(points):
             if point in few:
@@ -236,10 +240,12 @@ class _Verifier:
 
     def _numerics(self, tools: Harness, chosen: Sequence[Implementation]) -> Iterator[Row]:
         """Every two implementations that claim bit identity and can share a call but for its number of tokens, at least
-        one of them chosen."""
+        one of them chosen; not two variants of one implementation: their bits are its bits."""
         names, told = {i.name for i in chosen}, set()
         for first, second in combinations(self.op.implementations, 2):
             if not first.numerics or first.numerics != second.numerics or not _meet(first.box, second.box):
+                continue
+            if first.variant_of and first.variant_of == second.variant_of:
                 continue
             absent = next((i for i in (first, second) if home(self.here, i) is None), None)
             mine = next((i for i in (absent, second, first) if i is not None and i.name in names), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,7 @@ from kernel_registry.errors import (
 )
 from kernel_registry.lint import lint_catalog, lint_file
 from kernel_registry.schema import json_schema
+from kernel_registry.selection import one_name
 
 KERNELS = """
 def rows(*, size, rows=1, launch="late", **_):
@@ -121,7 +123,7 @@ def test_options_are_laid_over_by_key_and_the_narrower_goes_first(toy, family):
     names = [implementation.name for implementation in registry.catalog.op(toy.OP).implementations]
     assert names == ["a.quads", "a.pairs", "a", "rest"]
     kernel = registry.bind(toy.OP, size=8)
-    assert kernel.name == "a|a.pairs|a.quads"
+    assert kernel.name == "a|.pairs|.quads"
     assert [kernel(call(tokens)) for tokens in (63, 64, 512)] == [(1, "late"), (2, "late"), (4, "early")]
     assert registry.bind(toy.OP, size=32).name == "a"
 
@@ -284,23 +286,23 @@ def test_disabling_an_implementation_disables_its_variants(toy, family):
     kernel = registry.bind(toy.OP, size=8)
     registry.load_overrides(toy.overrides({"disable": "a", "when": {"size": 8}}))
     assert kernel.name == "rest|a.other"
-    assert registry.bind(toy.OP, size=16).name == "a|a.pairs" and registry.bind(toy.OP, size=64).name == "ab"
+    assert registry.bind(toy.OP, size=16).name == "a|.pairs" and registry.bind(toy.OP, size=64).name == "ab"
 
 
 def test_disabling_a_variant_disables_it_only(toy, family):
     registry = toy.registry(family)
     registry.load_overrides(toy.overrides({"disable": "a.pairs"}))
-    assert registry.bind(toy.OP, size=8).name == "a|a.quads"
+    assert registry.bind(toy.OP, size=8).name == "a|.quads"
 
 
 def test_disabling_works_from_contexts_and_the_environment_too(toy, family, monkeypatch):
     registry = toy.registry(family)
     with registry.disable(toy.OP, "a", size=8):
         assert registry.bind(toy.OP, size=8).name == "rest"
-        assert registry.bind(toy.OP, size=9).name == "a|a.pairs"
+        assert registry.bind(toy.OP, size=9).name == "a|.pairs"
     with registry.disable(toy.OP, "a.quads"):
-        assert registry.bind(toy.OP, size=8).name == "a|a.pairs"
-    assert registry.bind(toy.OP, size=8).name == "a|a.pairs|a.quads"
+        assert registry.bind(toy.OP, size=8).name == "a|.pairs"
+    assert registry.bind(toy.OP, size=8).name == "a|.pairs|.quads"
     monkeypatch.setenv("KERNEL_REGISTRY_OVERRIDES", str(toy.overrides({"disable": "a"})))
     assert toy.registry(family, environment=True).bind(toy.OP, size=8).name == "rest"
 
@@ -310,7 +312,7 @@ def test_disabling_inside_a_model_reaches_its_variants_there_only(toy, family):
     registry.load_overrides(toy.overrides({"disable": "a", "model": "draft"}))
     with registry.model("draft"):
         assert registry.bind(toy.OP, size=8).name == "rest"
-    assert registry.bind(toy.OP, size=8).name == "a|a.pairs|a.quads"
+    assert registry.bind(toy.OP, size=8).name == "a|.pairs|.quads"
 
 
 @pytest.mark.parametrize("action", ["use", "prefer"])
@@ -319,11 +321,11 @@ def test_using_an_implementation_leaves_its_variants_to_the_order(toy, family, a
     registry = toy.registry(family)
     assert registry.bind(toy.OP, size=8).name == "first"
     with registry.override(toy.OP, "a", prefer=action == "prefer"):
-        assert registry.bind(toy.OP, size=8).name == "a|a.pairs|a.quads"
+        assert registry.bind(toy.OP, size=8).name == "a|.pairs|.quads"
         with registry.disable(toy.OP, "a.quads"):
-            assert registry.bind(toy.OP, size=8).name == "a|a.pairs"
+            assert registry.bind(toy.OP, size=8).name == "a|.pairs"
     registry.load_overrides(toy.overrides({action: "a", "when": {"size": [8, 64]}}))
-    assert registry.bind(toy.OP, size=8).name == "a|a.pairs|a.quads" and registry.bind(toy.OP, size=9).name == "first"
+    assert registry.bind(toy.OP, size=8).name == "a|.pairs|.quads" and registry.bind(toy.OP, size=9).name == "first"
     if action == "use":
         with pytest.raises(OverrideError, match="`use a: .*size is 64, serves <= 32"):
             registry.bind(toy.OP, size=64)
@@ -334,7 +336,7 @@ def test_using_an_implementation_leaves_its_variants_to_the_order(toy, family, a
 def test_using_a_variant_means_that_one(toy, family):
     registry = toy.registry(family)
     with registry.override(toy.OP, "a.pairs", prefer=True):
-        assert registry.bind(toy.OP, size=8).name == "a|a.pairs"
+        assert registry.bind(toy.OP, size=8).name == "a|.pairs"
     with registry.override(toy.OP, "a.pairs"):
         with pytest.raises(OverrideError, match="num_tokens is 3, serves >= 64"):
             registry.dispatch(toy.OP, size=8, num_tokens=3)
@@ -371,6 +373,117 @@ def test_one_file_may_not_ask_for_an_implementation_and_for_its_variant(toy, fam
 # ---- told ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "names, name",
+    [
+        ("", ""),
+        ("a", "a"),
+        ("a.x", "a.x"),
+        ("a a.x a.y torch", "a|.x|.y|torch"),
+        ("a.x a", "a.x|a"),  # not after its implementation's name
+        ("a.x a.y", "a.x|a.y"),
+        ("b a.b a a.x b.c", "b|a.b|a|.x|b.c"),  # not right after its own implementation's
+        ("a b a.x", "a|b|a.x"),
+        ("a torch a.x a", "a|torch|a.x"),
+        ("a a.x a a.y", "a|.x|.y"),
+        ("a a a.x a.x", "a|.x"),
+        ("a ab ab.x a.x", "a|ab|.x|a.x"),
+        ("a.b a.b.x", "a.b|.x"),  # an implementation whose own name has a dot
+        ("a a.b.x", "a|a.b.x"),
+    ],
+)
+def test_names_of_one_call_are_told_short(names, name):
+    assert one_name(names.split()) == name
+
+
+def test_the_bound_kernel_and_the_explanation_tell_the_same_name(toy, family):
+    registry = toy.registry(family)
+    for size, name in ((8, "a|.pairs|.quads"), (16, "a|.pairs"), (32, "a"), (33, "rest")):
+        assert registry.bind(toy.OP, size=size).name == registry.explain(toy.OP, size=size).winner == name
+    with registry.override(toy.OP, "rest", num_tokens={"max": 100}):
+        assert registry.bind(toy.OP, size=8).name == registry.explain(toy.OP, size=8).winner == "rest|a.pairs|a.quads"
+
+
+def shown(explanation):
+    """The rows of the text: (mark, name with what is folded into it, what is told), in order, without heads."""
+    rows = [re.fullmatch(r"   ([ x~*]) (\S+(?: and its \S.*?)?)  +(\S.*)", line)
+            for line in explanation.text().splitlines()]
+    return [match.groups() for match in rows if match and match[2] != "override"]
+
+
+def test_explain_folds_the_variants_of_a_refused_implementation_into_its_line(toy, family):
+    registry = toy.registry(family)
+    assert shown(registry.explain(toy.OP, size=33, num_tokens=9)) == [
+        ("~", "a and its 2 variants", "one predicate away: size is 33, serves <= 32"),
+        ("*", "rest", "chosen"),
+    ]
+    text = registry.explain(toy.OP, size=33, num_tokens=9).text()
+    assert "a.pairs" not in text and "a.quads" not in text
+    one = {**family["a"], "variants": {"pairs": family["a"]["variants"]["pairs"]}}
+    one_variant = toy.registry({**family, "a": one}).explain(toy.OP, size=33, num_tokens=9)
+    assert [name for _, name, _ in shown(one_variant)] == ["a and its variant", "rest"]
+
+
+def test_explain_folds_where_the_open_traits_make_several_ranges_too(toy, family):
+    family["many"] = {"when": {"groups": "any", **MANY}, "rank": -1}
+    explanation = toy.registry(family).explain(toy.OP, size=33)
+    assert len(explanation.cases) == 2 and [*explanation.in_no_range] == ["a.quads", "a.pairs", "a"]  # each by its name
+    head, body = explanation.text().split("  when ", 1)
+    assert head.splitlines()[1:] == ["  in no range:", "   ~ a and its 2 variants  one predicate away: size is 33, "
+                                     "serves <= 32"]
+    assert "a.pairs" not in body and "variant" not in body
+
+
+def test_a_variant_that_is_refused_while_its_implementation_serves_has_its_own_line(toy, family):
+    registry = toy.registry(family)
+    assert shown(registry.explain(toy.OP, size=8, num_tokens=99)) == [
+        ("~", "a.quads", "one predicate away: num_tokens is 99, serves >= 512"),
+        ("*", "a.pairs", "chosen"),
+        (" ", "a", "could serve, but goes later"),
+        (" ", "rest", "could serve, but goes later"),
+    ]
+    ranges = registry.explain(toy.OP, size=16)
+    assert ranges.in_no_range == {"a.quads": ("size is 16, serves 8",)}  # while a serves in each range
+    rows = shown(ranges)
+    assert rows[0] == ("x", "a.quads", "size is 16, serves 8") and [row[1] for row in rows].count("a.quads") == 1
+    assert not any("variant" in name for _, name, _ in rows)
+
+
+def test_a_disabled_family_is_one_line_and_a_disabled_variant_has_its_own(toy, family):
+    registry = toy.registry(family)
+    with registry.disable(toy.OP, "a"):
+        for explanation in (registry.explain(toy.OP, size=8), registry.explain(toy.OP, size=8, num_tokens=999)):
+            rows = shown(explanation)
+            assert [name for _, name, _ in rows] == ["a and its 2 variants", "rest"]
+            assert rows[0][2].startswith("one predicate away: disable a: context")
+    with registry.disable(toy.OP, "a.pairs"):
+        rows = shown(registry.explain(toy.OP, size=8, num_tokens=999))
+    assert [(mark, name) for mark, name, _ in rows] == [("*", "a.quads"), ("x", "a.pairs"), (" ", "a"), (" ", "rest")]
+    assert "disable a.pairs: context" in rows[1][2]
+
+
+def test_the_json_of_an_explanation_folds_nothing_and_says_whose_variant_each_is(toy, family):
+    family["a.other"] = {"when": {"size": {"min": 40}}}  # written out: its name alone does not make it a variant
+    story = json.loads(toy.registry(family).explain(toy.OP, size=33, num_tokens=9).json())
+    (case,) = story["cases"]
+    assert {c["name"]: c["variant_of"] for c in case["candidates"]} == {
+        "a.quads": "a", "a.pairs": "a", "a": "", "a.other": "", "rest": ""}
+    assert all(c["failures"] for c in case["candidates"] if c["name"] != "rest")
+
+
+def test_plan_tells_why_this_family_once(toy, family):
+    from kernel_registry.planning import _why
+
+    family["c"] = {"when": {"groups": {"min": 2}}}
+    registry = toy.registry(family)
+    explanation = registry.explain(toy.OP, size=8)
+    reasons = {_why(registry.catalog.op(toy.OP), case, explanation.traits) for case in explanation.cases}
+    assert len(explanation.cases) == 3 and len(reasons) == 1 and "size=8 (serves <= 32)" in reasons.pop()
+    with registry.disable(toy.OP, "a"):  # the nearest is told as the implementation, not as one of its variants
+        (case,) = registry.explain(toy.OP, size=8).cases
+        assert _why(registry.catalog.op(toy.OP), case, explanation.traits).startswith("no fast kernel: nearest is a,")
+
+
 def test_explain_says_that_the_rule_on_its_implementation_disabled_a_variant(toy, family):
     registry = toy.registry({"a": family["a"]})
     path = toy.overrides({"disable": "a", "reason": "incident 12"})
@@ -380,7 +493,7 @@ def test_explain_says_that_the_rule_on_its_implementation_disabled_a_variant(toy
     (case,) = explanation.cases
     denied = {candidate.name: candidate.denied for candidate in case.candidates}
     assert denied == {"a": rule, "a.pairs": f"as a variant of a: {rule}", "a.quads": f"as a variant of a: {rule}"}
-    assert f"   ~ a.pairs  one predicate away: as a variant of a: {rule}" in explanation.text().splitlines()
+    assert f"   ~ a and its 2 variants  one predicate away: {rule}" in explanation.text().splitlines()
     assert f"override  {rule}: in force" in explanation.text()
     with pytest.raises(NoImplementationError, match="a.pairs: as a variant of a: disable a: file"):
         registry.dispatch(toy.OP, size=8, num_tokens=99)

@@ -263,6 +263,14 @@ def test_one_that_serves_many_tokens_only_is_run_at_a_few_small_points(op, slow_
     assert {r.where for r in check(op, MANY.format("wrong", 500)).failures} == {"model", "edge", "inside"}
 
 
+@pytest.mark.parametrize("least, ran", [(666, 3), (667, 2), (1000, 2), (1001, 1), (2000, 1)])
+def test_the_few_points_of_a_machine_have_so_many_tokens_in_all(op, slow_machine, least, ran):
+    report = check(op, MANY.format("double", least))
+    rows = [r for r in report.rows if r.where in ("model", "edge", "inside") and r.outcome == "passed"]
+    assert report.ok and {r.where for r in rows} == {*("edge", "inside", "model")[:ran]} and len(rows) == ran
+    assert all(r.rows == least for r in rows)
+
+
 def test_refusals_alone_do_not_make_an_implementation_pass(op, slow_machine):
     report = check(op, MANY.format("wrong", 2001))
     assert outcomes(report)["outside", "passed"] and not report.failures
@@ -337,3 +345,17 @@ def test_every_two_of_a_tag_are_compared_and_not_those_that_share_no_call(op):
     named = [r for r in check(op, THREE, implementations=["b"]).rows if r.where == "numerics"]
     assert named and all(r.implementation == "b" and "bit for bit with c: " in r.point for r in named)
     assert not [r for r in check(op, THREE, implementations=["a"]).rows if r.where == "numerics"]
+
+
+VARIANTS = ("a: target: PACKAGE.kernels:double, numerics: exact, when: {platform: any}, variants: "
+            "{x: {when: {size: {max: 64}, num_tokens: {min: 2}}}, y: {when: {size: {max: 64}, num_tokens: {min: 4}}}}")
+
+
+def test_variants_are_compared_with_their_implementation_and_not_with_each_other(op):
+    def compared(**options):
+        rows = [r for r in check(op, VARIANTS, budget=9, **options).rows if r.where == "numerics"]
+        assert {r.outcome for r in rows} == {"passed"}
+        return {(r.implementation, r.point.partition(":")[0].removeprefix("bit for bit with ")) for r in rows}
+
+    assert compared() == {("a", "a.x"), ("a", "a.y")}
+    assert compared(implementations=["a.x", "a.y"]) == {("a.x", "a"), ("a.y", "a")}

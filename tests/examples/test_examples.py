@@ -10,12 +10,23 @@ from pathlib import Path
 
 import pytest
 
+from kernel_registry import Registry
+
 pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
-GROUPED = "triton_biased_grouped|triton_biased_grouped_pairs"  # which of them, a call's num_tokens says
+DEEPSEEK = dict(num_experts=256, num_expert_group=8, topk_group=4, topk=8)
+
+
+@pytest.fixture(scope="module")
+def grouped() -> str:
+    """The name of the kernel that DeepSeek-V3's router gets: an implementation and its variants, by num_tokens."""
+    registry = Registry(plugins=False, environment=False, platform="interpreter")
+    name = registry.explain("moe.topk", **DEEPSEEK).winner
+    assert name.startswith("triton_biased_grouped|.")
+    return name
 
 
 @pytest.fixture
@@ -37,36 +48,39 @@ def test_every_script_is_tested():
 
 
 @pytest.mark.parametrize("interpreted", [False, True], ids=["cpu", "interpreter"])
-def test_quickstart(example, interpreted):
+def test_quickstart(example, grouped, interpreted):
     out = example("quickstart", **({"TRITON_INTERPRET": "1"} if interpreted else {}))
-    names = ["triton_biased_grouped", "triton_biased_grouped_pairs"] if interpreted else ["torch"]
-    assert out.startswith(f"{'interpreter' if interpreted else 'cpu'} runs {'|'.join(names)}\n")
-    assert re.findall(r"^   \* (\w+) +chosen$", out, re.M) == names[:1]  # for 16 tokens
+    name = grouped if interpreted else "torch"
+    assert out.startswith(f"{'interpreter' if interpreted else 'cpu'} runs {name}\n")
+    assert re.findall(r"^   \* (\S+) +chosen$", out, re.M) == [name.partition("|")[0]]  # for 16 tokens
     assert out.endswith("16 tokens agree with the definition\n")
 
 
-def test_override_and_reload(example):
+def test_override_and_reload(example, grouped):
     lines = example("override_and_reload").splitlines()
     assert [line for line in lines if line.startswith("serving")] == [
-        f"serving with {GROUPED}", "serving with torch", f"serving with {GROUPED}"]
+        f"serving with {grouped}", "serving with torch", f"serving with {grouped}"]
     assert "refused: overrides.yaml:4: moe.topk has no implementation 'triton_biased_gruoped'" in lines
-    for place, name in ((4, "triton_biased_grouped"), (5, "triton_biased_grouped_pairs")):
-        assert any(line.startswith(f"override  disable {name}: ") and f"overrides.yaml:{place} (incident 42)" in line
-                   for line in lines)
+    rule = "disable triton_biased_grouped: file overrides.yaml, overrides.yaml:4 (incident 42)"
+    assert f"override  {rule}: in force" in lines
+    (told,) = [line for line in lines if "one predicate away" in line]  # the variants go with it, in its line
+    assert re.fullmatch(rf"~ triton_biased_grouped and its \d variants +one predicate away: {re.escape(rule)}", told)
 
 
-def test_freeze_and_compare(example):
+def test_freeze_and_compare(example, grouped):
     lines = example("freeze_and_compare").splitlines()
     assert lines[0].startswith("rank 0 and rank 1 agree: ")
     changed = [line for line in lines if line.startswith("  ~ moe.topk(")]
     assert len(changed) == 1 and changed[0].endswith(" (registry) -> torch (override)")
-    assert re.search(r": triton_biased_grouped when {num_tokens: {max: \d+}} \(registry\) "
-                     r"\| triton_biased_grouped_pairs when {num_tokens: {min: \d+}} \(registry\) ->", changed[0])
-    assert f"from the plan: {GROUPED}" in lines
+    before = changed[0].partition("): ")[2].partition(" -> ")[0].split(" | ")
+    assert [row.partition(" when {num_tokens: {")[0] for row in before] == [
+        name if not name.startswith(".") else f"triton_biased_grouped{name}" for name in grouped.split("|")]
+    assert all(re.search(r"when {num_tokens: {(min: \d+)?(, )?(max: \d+)?}} \(registry\)$", row) for row in before)
+    assert f"from the plan: {grouped}" in lines
     assert lines[-1].startswith("not in the plan: ")
 
 
-def test_torch_op(example):
+def test_torch_op(example, grouped):
     assert example("torch_op").splitlines() == [
-        f"2, 3 and 5 tokens: 1 graph, served by {GROUPED}",
-        f"under an override: 1 graph, served so far by {GROUPED}, torch"]
+        f"2, 3 and 5 tokens: 1 graph, served by {grouped}",
+        f"under an override: 1 graph, served so far by {grouped}, torch"]

@@ -91,8 +91,10 @@ def test_rows_that_do_not_fit_are_refused(rows):
 # ---- through the registry: wherever the choice depends on the number of tokens ---------------------------------------
 
 OP = "moe.topk"
-SERVED = [routing(16, 2, 4, 2), routing(16, 3), routing(24, 12, 2, 2), routing(24, 12), routing(12, 2, 3, 2, **SOFT),
-          routing(8, 2, **SOFT), routing(24, 12, **SOFT), routing(8, 2, scoring="sqrtsoftplus")]
+SERVED = [routing(16, 2, 4, 2), routing(16, 3), routing(24, 12, 2, 2), routing(24, 12), routing(24, 18),
+          routing(260, 2, 4, 2), routing(322, 2, dtype="bfloat16"), routing(8, 2, scoring="sqrtsoftplus"),
+          routing(12, 2, 3, 2, renormalize=False, **SOFT), routing(8, 3, **SOFT),
+          routing(24, 12, **SOFT), routing(34, 2, has_bias=False), routing(34, 5, **SOFT), routing(258, 2, **SOFT)]
 
 
 @pytest.fixture(scope="module")

@@ -128,7 +128,7 @@ def test_a_switch_of_implementation_changes_no_bit(model):
     args, kwargs = on_gpu(traits, max(points, default=64) + 1)
     whole = bound(*args, **kwargs)
     print(f"{model}: {bound.name}, switches at {points}")
-    assert points or traits["topk"] > 16, "nothing to switch between"
+    assert points or bound.name == "triton_few_experts", "nothing to switch between"
     for tokens in sorted({1, *(point + step for point in points for step in (-1, 0, 1))}):
         named = registry.dispatch("moe.topk", num_tokens=tokens, **traits)
         for about, call in (("bound", bound), (f"dispatched for {tokens}: {named.name}", named)):
@@ -259,9 +259,10 @@ def consume(weights, ids, weights_to, ids_to, total, BLOCK: tl.constexpr):
     tl.store(ids_to + place, tl.load(ids + place, mask=place < total), mask=place < total)
 
 
-def chain(made, traits, tokens, *, steps=200, nanoseconds=20000):
+def chain(made, traits, tokens, *, steps=50, nanoseconds=300000):
     """`steps` times a late producer, the router and a consumer, all dependent launches with nothing between them: the
-    results, and what is to come out, of one undisturbed call after the other."""
+    results, and what is to come out, of one undisturbed call after the other. The producer is late by more than the
+    host takes to launch the other two, or nothing would overlap."""
     generator = torch.Generator("cuda").manual_seed(0)
     experts, topk, has_bias = traits["num_experts"], traits["topk"], traits["has_bias"]
     logits_from = torch.randn(steps, tokens, experts, generator=generator, device="cuda")

@@ -24,7 +24,7 @@ def implementations(traits: dict) -> list[str]:
     groups, experts = traits["num_expert_group"], traits["num_experts"]
     size = experts // groups
     softmax = traits["scoring"] == "softmax"
-    fits = groups == 1 or (groups <= 32 and 2 <= size <= (1024 if softmax else 128))
+    fits = groups == 1 or (groups <= 32 and 2 <= size <= (128 if traits["has_bias"] else 1024))
     served = (traits["score_dtype"] == "float32" and experts <= 1024 and traits["topk"] <= 32 and fits
               and {traits["dtype"], traits["bias_dtype"]} <= {"float32", "bfloat16", "float16"}
               and not (softmax and traits["has_bias"]))

@@ -46,6 +46,10 @@ WORKLOADS = {
     "kimi-k3": _workload(896, 16),
     "nemotron-3-super": _workload(512, 22),
     "qwen3-moe": _workload(128, 8, scoring="softmax", has_bias=False),
+    "qwen3-next": _workload(512, 10, scoring="softmax", has_bias=False),
+    "gpt-oss": _workload(128, 4, scoring="softmax", has_bias=False),
+    "mixtral": _workload(8, 2, scoring="softmax", has_bias=False),
+    "llama-4": _workload(128, 1, has_bias=False, renormalize=False),
     "deepseek-v2": _workload(160, 6, 8, 3, scoring="softmax", has_bias=False, renormalize=False),
     "deepseek-v4": _workload(256, 6, scoring="sqrtsoftplus"),
 }

@@ -14,13 +14,14 @@ INTEGERS = (torch.int32, torch.int64)
 
 
 def make_checks(*, num_experts: int, num_fused_shared_experts: int, has_bias: bool, dtype: str, bias_dtype: str):
-    """check(router_logits, correction_bias, num_token_non_padded, expert_map), which raises InputError."""
+    """check(router_logits, correction_bias, num_token_non_padded, expert_map): num_tokens, or an InputError."""
     logits_dtype, wanted_bias_dtype = getattr(torch, dtype), getattr(torch, bias_dtype)
+    bias_shape = (num_experts,)
     map_sizes = (num_experts, num_experts + num_fused_shared_experts)
 
     def check(router_logits, correction_bias, num_token_non_padded, expert_map):
-        if (not isinstance(router_logits, torch.Tensor) or router_logits.dtype is not logits_dtype
-                or router_logits.dim() != 2 or router_logits.shape[1] != num_experts):
+        shape = router_logits.shape if isinstance(router_logits, torch.Tensor) else ()
+        if len(shape) != 2 or shape[1] != num_experts or router_logits.dtype is not logits_dtype:
             _refuse("router_logits", router_logits, f"[tokens, {num_experts}] {dtype}")
         device = router_logits.device
         if correction_bias is None:
@@ -31,7 +32,7 @@ def make_checks(*, num_experts: int, num_fused_shared_experts: int, has_bias: bo
             raise InputError("a correction_bias was passed, dispatched with has_bias=False",
                              hint="pass None, or dispatch with has_bias=True")
         elif (not isinstance(correction_bias, torch.Tensor) or correction_bias.dtype is not wanted_bias_dtype
-              or correction_bias.shape != (num_experts,) or correction_bias.device != device):
+              or correction_bias.shape != bias_shape or correction_bias.device != device):
             _refuse("correction_bias", correction_bias, f"[{num_experts}] {bias_dtype} on {device}")
         if num_token_non_padded is not None and (
                 not isinstance(num_token_non_padded, torch.Tensor) or num_token_non_padded.dtype not in INTEGERS
@@ -42,6 +43,7 @@ def make_checks(*, num_experts: int, num_fused_shared_experts: int, has_bias: bo
                 or expert_map.dim() != 1 or expert_map.shape[0] not in map_sizes or expert_map.device != device):
             sizes = " or ".join(f"[{n}]" for n in dict.fromkeys(map_sizes))
             _refuse("expert_map", expert_map, f"{sizes} int32 or int64 on {device}")
+        return shape[0]
 
     return check
 

@@ -42,8 +42,8 @@ class TopK(Contract):
         "num_routed <= topk_group * experts_per_group",
     )
     dynamic = {
-        "num_tokens": lambda router_logits, *_, **__: router_logits.shape[0],
-        "contiguous": lambda router_logits, *_, **__: router_logits.is_contiguous(),
+        "num_tokens": lambda router_logits: router_logits.shape[0],
+        "contiguous": lambda router_logits: router_logits.is_contiguous(),
     }
     schema = (
         "(Tensor router_logits, Tensor? correction_bias, int topk, int num_expert_group=1, int topk_group=1, "

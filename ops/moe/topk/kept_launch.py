@@ -37,8 +37,10 @@ def kept_launch(kernel, constants: dict, options: dict):
     kept: dict[tuple, tuple] = {}
 
     def launch_plainly(programs, logits, *others):
+        *others, routed_scaling_factor, shared_expert_weight = others
         with torch.cuda.device(logits.device) if logits.is_cuda else nullcontext():
-            return kernel[(programs,)](logits, *others, *constants, **options)
+            return kernel[(programs,)](logits, *others, float(routed_scaling_factor), float(shared_expert_weight),
+                                       *constants, **options)
 
     def launch(programs, logits, bias, weights, ids, num_valid, expert_map, num_tokens, row_stride, column_stride,
                routed_scaling_factor, shared_expert_weight):
@@ -52,7 +54,7 @@ def kept_launch(kernel, constants: dict, options: dict):
         key = (device, logits_at & 15, weights_at & 15, ids_at & 15, bias_at and bias_at & 15,
                num_valid_at and (num_valid_at & 15, num_valid.dtype), map_at and (map_at & 15, expert_map.dtype),
                num_tokens >> 31, row_stride & 15, row_stride == 1, row_stride >> 31,
-               column_stride & 15, column_stride == 1, column_stride >> 31)
+               column_stride == 1 or (column_stride & 15, column_stride >> 31))
         found = kept.get(key)
         runtime = knobs.runtime
         hooked = (kernel.pre_run_hooks or getattr(runtime.launch_enter_hook, "calls", True)
@@ -61,14 +63,15 @@ def kept_launch(kernel, constants: dict, options: dict):
             compiled = launch_plainly(programs, logits, bias, weights, ids, num_valid, expert_map, num_tokens,
                                       row_stride, column_stride, routed_scaling_factor, shared_expert_weight)
             if not hooked and type(compiled) is CompiledKernel:  # a profiler's kernel may be instrumented
-                kept[key] = (compiled, *_launcher(compiled, len(names)))  # `compiled` owns the module: hold it
+                # `compiled` owns the module: hold it
+                kept[key] = (compiled, *_launcher(compiled, len(names)), driver.active.get_current_stream)
             return
-        _, function, between, as_tuple = found
+        _, function, between, as_tuple, current_stream = found
         arguments = (logits_at, bias_at, weights_at, ids_at, num_valid_at, map_at, num_tokens, row_stride,
                      column_stride, routed_scaling_factor, shared_expert_weight, *constants)
         if as_tuple:
             arguments = (arguments,)
-        function(programs, 1, 1, driver.active.get_current_stream(device), *between, *arguments)
+        function(programs, 1, 1, current_stream(device), *between, *arguments)
 
     version = tuple(map(int, triton.__version__.split(".")[:2]))
     can_keep = isinstance(kernel, triton.JITFunction) and torch.version.cuda is not None and version in KNOWN

@@ -1,9 +1,9 @@
 """moe.topk in one Triton launch: scores, bias, groups, top-k, weights, shared slots, map, padding.
 
 Serves sigmoid and sqrtsoftplus with or without a bias, and softmax without one; any number of experts up to 1024, in
-one group or in 2 to 32 groups of 2 to 128; up to 32 slots; logits and bias of float32, bfloat16 or float16; any
+one group or in 2 to 32 groups of 2 or more; up to 32 slots; logits and bias of float32, bfloat16 or float16; any
 strides.
-The kernel is in router_kernel.py; here is the host's side: checks, outputs, one launch.
+The kernel is in router_kernel.py; here is what it is compiled with.
 """
 
 from __future__ import annotations
@@ -11,14 +11,11 @@ from __future__ import annotations
 import torch
 import triton
 
-from kernel_registry.errors import InputError
-
 from .checks import make_checks
 from .kept_launch import kept_launch
 from .packed import list_depth
+from .route import INTERPRETED, make_route
 from .router_kernel import router_kernel
-
-INTERPRETED = triton.knobs.runtime.interpret
 
 
 def topk(*, num_experts, topk, num_expert_group=1, topk_group=1, num_fused_shared_experts=0, scoring="sigmoid",
@@ -64,27 +61,4 @@ def topk(*, num_experts, topk, num_expert_group=1, topk_group=1, num_fused_share
         options["maxnreg"] = max_registers
     plain, mapping_shared = (kept_launch(router_kernel, {**constants, "MAP_SHARED": mapped}, options)
                              for mapped in (False, True))
-    rows = rows_per_program * tile_rows
-
-    def route(router_logits, correction_bias, *, routed_scaling_factor=1.0, shared_expert_weight=1.0,
-              num_token_non_padded=None, expert_map=None):
-        check(router_logits, correction_bias, num_token_non_padded, expert_map)
-        num_tokens, device = router_logits.shape[0], router_logits.device
-        weights = torch.empty_strided((num_tokens, topk), (topk, 1), dtype=torch.float32, device=device)
-        ids = torch.empty_strided((num_tokens, topk), (topk, 1), dtype=torch.int32, device=device)
-        if num_tokens == 0:
-            return weights, ids
-        if not (INTERPRETED or router_logits.is_cuda):
-            raise InputError(f"router_logits is on {device}, this kernel runs on a GPU",
-                             hint="move the tensors, or dispatch with platform='cpu'")
-        if correction_bias is not None and correction_bias.stride() != (1,):
-            correction_bias = correction_bias.contiguous()
-        launch = plain
-        if expert_map is not None:
-            expert_map = expert_map.contiguous()
-            launch = mapping_shared if expert_map.shape[0] > num_experts else plain
-        launch(-(-num_tokens // rows), router_logits, correction_bias, weights, ids, num_token_non_padded, expert_map,
-               num_tokens, *router_logits.stride(), float(routed_scaling_factor), float(shared_expert_weight))
-        return weights, ids
-
-    return route
+    return make_route(check, num_experts, topk, rows_per_program * tile_rows, plain, mapping_shared)
