@@ -34,8 +34,8 @@ from topk_peers import brief, peers, scored, versions
 from kernel_registry import registry
 
 
-def shape(E, K, G=1, TG=1, scale=1.0, scoring="sigmoid", bias=True):
-    return dict(E=E, K=K, G=G, TG=TG, scale=scale, scoring=scoring, bias=bias)
+def shape(E, K, G=1, TG=1, scale=1.0, scoring="sigmoid", bias=True, renormalize=True):
+    return dict(E=E, K=K, G=G, TG=TG, scale=scale, scoring=scoring, bias=bias, renormalize=renormalize)
 
 
 CONFIGS = {
@@ -80,7 +80,7 @@ def floors(c):
 
 def traits(c, dtype):
     return dict(num_experts=c["E"], topk=c["K"], num_expert_group=c["G"], topk_group=c["TG"], scoring=c["scoring"],
-                has_bias=c["bias"], dtype=dtype)
+                has_bias=c["bias"], renormalize=c["renormalize"], dtype=dtype)
 
 
 def ours(c, dtype, **which):

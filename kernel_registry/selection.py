@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from dataclasses import dataclass, replace
-from typing import Iterable, Iterator, Mapping, NamedTuple, Sequence
+from typing import Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence
 
 from .catalog import Implementation, Op
 from .contract import Request
@@ -44,7 +44,7 @@ def decide(op: Op, traits: Mapping[str, object], layers: Sequence[Layer],
     """
     denied: dict[str, Rule] = {}
     note = trace.append if trace is not None else (lambda considered: None)
-    for layer in layers:
+    for position, layer in enumerate(layers):
         for rule in layer.rules.get(op.name, ()):
             if not rule.box.admits(traits):
                 continue
@@ -60,7 +60,8 @@ def decide(op: Op, traits: Mapping[str, object], layers: Sequence[Layer],
             if not reasons:
                 note(Considered(rule, "decides"))
                 if rule.family:  # its variants lie inside it: they serve nothing where it does not, but may go first
-                    chosen = next(i for i in op.implementations if rule.means(i) and not denier(denied, i)
+                    out = {**denied, **_variants_out(op, rule, traits, layers[position:], note)}
+                    chosen = next(i for i in op.implementations if rule.means(i) and not denier(out, i)
                                   and i.box.admits(traits))
                 return Decision(chosen, rule)
             note(Considered(rule, "can't serve: " + "; ".join(reasons)))
@@ -76,6 +77,19 @@ def decide(op: Op, traits: Mapping[str, object], layers: Sequence[Layer],
         if not (denied and denier(denied, implementation)) and implementation.box.admits(traits):
             return Decision(implementation)
     raise NoImplementationError(f"nothing serves {op.name} for these traits", hint=_why_nothing(op, traits, denied))
+
+
+def _variants_out(op: Op, rule: Rule, traits: Mapping[str, object], layers: Sequence[Layer],
+                  note: Callable[[Considered], None]) -> dict[str, Rule]:
+    """The disabling rules, by the name they say, that weaker layers have for variants of the implementation that `rule`
+    names: it does not choose among them, so those that are out stay out."""
+    out: dict[str, Rule] = {}
+    for other in (other for layer in layers for other in layer.rules.get(op.name, ())):
+        if other.action == "disable" and other.implementation in op.by_name and other.box.admits(traits) \
+                and op.by_name[other.implementation].variant_of == rule.implementation:
+            out.setdefault(other.implementation, other)
+            note(Considered(other, "in force"))
+    return out
 
 
 def one_name(names: Iterable[str]) -> str:

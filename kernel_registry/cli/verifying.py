@@ -15,7 +15,7 @@ _SHOWN = 20  # failures told in full
 @click.command("verify", short_help="Test implementations against what they declare.")
 @click.option("--op", "ops", multiple=True, metavar="OP", help="Only this op; may be repeated.")
 @click.option("--implementation", "implementations", multiple=True, metavar="NAME",
-              help="Only this one; may be repeated.")
+              help="Only this one, a variant by its own name; may be repeated.")
 @click.option("--budget", type=click.IntRange(min=3), metavar="N", help="Points run per implementation.  [default: 48]")
 @click.option("--seed", default=0, show_default=True, help="Another seed tests other points.")
 @click.option("--json", "json_file", metavar="FILE", help="Write every row as JSON to FILE; - for stdout.")

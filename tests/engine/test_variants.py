@@ -365,6 +365,25 @@ def test_a_variant_is_as_disabled_as_its_implementation_when_it_is_asked_for(toy
         assert registry.dispatch(toy.OP, size=8, num_tokens=99).name == "a.pairs"
 
 
+@pytest.mark.parametrize("prefer", [False, True])
+def test_asking_for_an_implementation_leaves_out_the_variants_that_weaker_layers_disable(toy, family, prefer):
+    registry = toy.registry(family)
+    out = {"disable": "a.pairs", "when": {"num_tokens": {"max": 99}}, "reason": "incident 12"}
+    registry.load_overrides(toy.overrides(out))
+    with registry.override(toy.OP, "a", prefer=prefer):
+        names = [registry.dispatch(toy.OP, size=8, num_tokens=n).name for n in (5, 99, 100, 600)]
+        assert names == ["a", "a", "a.pairs", "a.quads"]
+        assert registry.dispatch(toy.OP, size=8).table.winners() == ("a", "a.pairs", "a.quads")
+        told = str(registry.explain(toy.OP, size=8, num_tokens=99))
+        assert re.search(r"override  disable a\.pairs: .*incident 12\): in force", told)
+        assert "-> a  [" in told
+    registry.load_overrides(toy.overrides({"disable": "a"}))
+    with registry.override(toy.OP, "a", prefer=prefer):  # the name brings back what the name took away
+        assert registry.dispatch(toy.OP, size=8, num_tokens=600).name == "a.quads"
+    with registry.override(toy.OP, "a.pairs", prefer=prefer):
+        assert registry.dispatch(toy.OP, size=8, num_tokens=99).name == "a.pairs"
+
+
 def test_one_file_may_not_ask_for_an_implementation_and_for_its_variant(toy, family):
     with pytest.raises(AmbiguityError, match="match the same calls"):
         toy.registry(family).load_overrides(toy.overrides({"use": "a"}, {"use": "a.pairs"}))

@@ -80,7 +80,7 @@ def test_odd_numbers_of_tokens(traits, tile, device, tiles_of):
         assert (ids[live:] == -1).all() and (weights[live:] == 0).all()
 
 
-@pytest.mark.parametrize("rows", [0, 3, 64, "2"])
+@pytest.mark.parametrize("rows", [0, 3, 32, 64, "2"])
 def test_rows_that_do_not_fit_are_refused(rows):
     with pytest.raises(ValueError, match="rows_per_program"):
         kernel("triton_router", routing(64, 8), rows_per_program=rows)

@@ -42,6 +42,7 @@ BOXES = {
     "pairs": box(256, 8, rows=2, only=HOPPER, registers=64),
     "early": box(48, 5, rows=2, launch="early", only=NEW),
     "late": box(40, 6, launch="late", only=NEW),
+    "octets": box(128, 4, scoring="softmax", dtype="bfloat16", rows=8, only=HOPPER, registers=64),
 }
 CODE = '''
 import json, os, re, subprocess, sys, tempfile
@@ -149,7 +150,7 @@ def test_compiles(arch, python, tmp_path):
 
 def test_every_kind_is_compiled():
     made = BOXES.values()
-    assert {m["rows"] for m in made} == {1, 2, 4} and {m["launch"] for m in made} == {None, "early", "late"}
+    assert {m["rows"] for m in made} == {1, 2, 4, 8} and {m["launch"] for m in made} == {None, "early", "late"}
     assert {m["traits"]["dtype"] for m in made} == {"float32", "bfloat16", "float16"}
     assert {m["traits"]["scoring"] for m in made} == {"sigmoid", "softmax", "sqrtsoftplus"}
     assert {word for m in made for word in m["options"]} == {"map", "padding", "strided"}

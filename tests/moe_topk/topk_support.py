@@ -34,7 +34,7 @@ def implementations(traits: dict) -> list[str]:
 def row_counts(traits: dict) -> list[int]:
     """Every rows_per_program that the Triton router takes for these traits."""
     slots = 1 << (traits["topk"] - 1).bit_length()
-    return [rows for rows in (1, 2, 4, 8, 16, 32) if rows * slots <= 32]
+    return [rows for rows in (1, 2, 4, 8, 16) if rows * slots <= 32]
 
 
 def named(traits: dict) -> str:

@@ -24,8 +24,8 @@ def topk(*, num_experts, topk, num_expert_group=1, topk_group=1, num_fused_share
     """A kernel with moe.topk's signature for these traits.
 
     Its options change how fast it is at which sizes, and no result:
-    rows_per_program  tokens that one warp routes before it finishes them together: 1, 2, 4, ..., as many as have room
-                      for their slots in 32 lanes
+    rows_per_program  tokens that one warp routes before it finishes them together: 1, 2, 4, 8 or 16, as many as have
+                      room for their slots in 32 lanes
     dependent_launch  "early" or "late": on sm_90 and later, a programmatic dependent launch. The kernel's programs take
                       their places while the kernel before it (say, the one that makes the logits) still runs, and wait
                       there before they read anything; the next such kernel may take its places at once, or when this
@@ -35,7 +35,7 @@ def topk(*, num_experts, topk, num_expert_group=1, topk_group=1, num_fused_share
     check = make_checks(num_experts=num_experts, num_fused_shared_experts=num_fused_shared_experts, has_bias=has_bias,
                         dtype=dtype, bias_dtype=bias_dtype)
     slots = triton.next_power_of_2(topk)
-    if rows_per_program not in (1, 2, 4, 8, 16, 32) or rows_per_program * slots > 32:
+    if rows_per_program not in (1, 2, 4, 8, 16) or rows_per_program * slots > 32:
         raise ValueError(f"rows_per_program={rows_per_program} does not fit topk={topk}: rows * slots is at most 32")
     if dependent_launch not in (None, False, "early", "late"):
         raise ValueError(f"dependent_launch={dependent_launch!r} is not early, late or false")
