@@ -10,7 +10,7 @@ from .common import interpret_option, open_registry, registry_options, table, wr
 @click.command("bench", short_help="Time implementations side by side.")
 @click.option("--op", "ops", multiple=True, metavar="OP", help="Only this op; may be repeated.")
 @click.option("--implementation", "implementations", multiple=True, metavar="NAME",
-              help="Only this one (a variant by its own name) beside the reference and the chosen one; may be repeated.")
+              help="Only this one (a variant by its own name), the reference and the chosen one; may be repeated.")
 @click.option("--workload", "workloads", multiple=True, metavar="NAME",
               help="Only this model workload; may be repeated.")
 @click.option("--tokens", type=click.IntRange(min=0), multiple=True, metavar="N",
