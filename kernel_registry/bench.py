@@ -21,8 +21,8 @@ from .registry import Registry
 from .traits.platform import Platform
 from .verify import select
 
-TOKENS = {"cuda": (1, 16, 64, 256, 1024, 4096, 16384), "hip": (1, 16, 64, 256, 1024, 4096, 16384),
-          "cpu": (1, 16, 256), "interpreter": (1,)}
+_ON_A_GPU = (1, 16, 64, 256, 1024, 4096, 16384)
+TOKENS = {"cuda": _ON_A_GPU, "hip": _ON_A_GPU, "cpu": (1, 16, 256), "interpreter": (1,)}
 _ROTATION = 8  # different inputs in turn: no call sees only what its own last replay left in cache
 _ROUNDS = 7
 

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from test_topk_compiles import TARGETS
 from test_topk_mutants import copied  # noqa: F401  a fixture
 from topk_support import judged, kernel, named, routing, same_bits
 
@@ -167,8 +168,6 @@ def test_killed(copied, bug, router, device):  # noqa: F811
 
 # ---- what the compiler makes of it -----------------------------------------------------------------------------------
 
-TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32),
-           "gfx942": ("hip", "gfx942", 64)}
 CODE = '''
 import json, sys
 import triton

@@ -41,7 +41,8 @@ def topk(*, num_experts, topk, num_fused_shared_experts=0, scoring="sigmoid", ha
     constants = dict(
         SCORING=scoring, NUM_EXPERTS=num_experts, TOPK=topk, ROWS=rows_per_program, LANES=lanes, PER=per,
         DEPENDENT=dependent, PTX=torch.version.cuda is not None and not INTERPRETED)
-    wave = 64 if platform is not None and platform.kind == "hip" else 32
+    # AMD's accelerators have warps of 64; its graphics parts, and what came after gfx9, have 32.
+    wave = 64 if platform is not None and platform.kind == "hip" and platform.arch < (10,) else 32
     options = dict(num_warps=max(1, rows_per_program * lanes // wave), num_stages=1)
     if dependent:
         options["launch_pdl"] = True  # which only NVIDIA's back end knows
