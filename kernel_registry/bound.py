@@ -12,7 +12,7 @@ from bisect import bisect_right
 from functools import partial
 from typing import Callable, Mapping
 
-from . import targets
+from . import aliasing, targets
 from .catalog import Implementation, Op
 from .contract import Request
 from .errors import TargetError, suggestion
@@ -71,7 +71,7 @@ def make_call(op: Op, request: Request, table: Table, made: dict[str, Callable])
     if table.trait is None:
         implementation = table.decision.implementation
         if implementation.name not in made:
-            made[implementation.name] = make_kernel(implementation, request)
+            made[implementation.name] = make_kernel(op, implementation, request)
         return made[implementation.name]
     reader = op.contract.dynamic[table.trait]
     first = next(iter(inspect.signature(op.contract.signature).parameters))
@@ -96,11 +96,16 @@ def make_call(op: Op, request: Request, table: Table, made: dict[str, Callable])
     return by_range
 
 
-def make_kernel(implementation: Implementation, request: Request) -> Callable:
+def make_kernel(op: Op, implementation: Implementation, request: Request) -> Callable:
     """Imports the target and calls it with the traits it names and the options of its entry: the one place where a
-    kernel comes to be. An option has to be named too: `**` would swallow one that nothing reads."""
+    kernel comes to be. An option has to be named too: `**` would swallow one that nothing reads.
+
+    Where the call brings `out`, what is returned is the kernel behind aliasing.py's decision."""
     factory = targets.load(implementation.target, implementation.where)
     static = {name: value for name, value in request.traits.items() if name not in request.open}
+    brings_out, accepts = static.get(aliasing.TRAIT, False), implementation.accepts_output_alias
+    if brings_out:
+        static[aliasing.TRAIT] = accepts
     try:
         parameters = inspect.signature(factory).parameters.values()
         takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -122,4 +127,4 @@ def make_kernel(implementation: Implementation, request: Request) -> Callable:
     if not callable(kernel):
         raise TargetError(f"{implementation.target} returned {type(kernel).__name__}, not a kernel to call",
                           where=implementation.where, hint="a target takes the traits and returns a function")
-    return kernel
+    return aliasing.delivering(kernel, op.contract, accepts=accepts) if brings_out else kernel

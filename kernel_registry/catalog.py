@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Iterable, Mapping
 
-from . import targets
+from . import aliasing, targets
 from .box import Box, read_box
 from .competition import bits, relations
 from .contract import Contract, TraitSpace
@@ -33,6 +33,7 @@ class Implementation:
     fallback: bool = False
     numerics: str | None = None
     options: Mapping[str, object] = field(default_factory=dict)
+    accepts_output_alias: bool = False
     variant_of: str = ""  # the name of the implementation under whose `variants` it stands
 
     @property
@@ -130,7 +131,11 @@ def _read(document: Document, op: str, entry: OpEntry, space: TraitSpace) -> Ite
         box = read_box(space, item.when, closed=True,
                        where=lambda key: document.where((*path, "when", *key) if key else path))
         whole = Implementation(op, name, item.target, box, document.where(path), item.summary, item.rank, item.fallback,
-                               item.numerics, item.options)
+                               item.numerics, item.options, item.accepts_output_alias)
+        if whole.accepts_output_alias and aliasing.TRAIT not in space.traits:
+            raise DocumentError(f"{name} accepts an output that {op} never gets: its contract has no trait "
+                                f"{aliasing.TRAIT}", where=document.where((*path, "accepts_output_alias")),
+                                hint="drop the line")
         yield whole
         for short, variant in item.variants.items():
             yield _variant(document, (*path, "variants", short), whole, variant, space)

@@ -7,6 +7,7 @@ values that contradict a relation of the contract are errors that say what to do
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Callable, ClassVar, Mapping, Sequence
 
@@ -14,6 +15,8 @@ from .errors import TraitError, UnknownNameError, suggestion
 from .expressions import Expression, ExpressionError
 from .predicates import ValueSet, value_set
 from .traits.trait import REQUIRED, Trait, written
+
+OUTPUT_ALIAS = "output_alias"  # the trait that says whether a call brings `out`
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,12 @@ class Contract:
     relations: ClassVar[Sequence[str]] = ()  # must hold for every call, whichever implementation serves it
     dynamic: ClassVar[Mapping[str, Callable]] = {}  # dynamic trait -> reads it off a call's first argument
     schema: ClassVar[str] = ""  # torch.library schema of the op, without its name; "" = not offered as a torch op
+    schema_out: ClassVar[str] = ""  # that of its form that writes into an argument `Tensor(a!) out`; "" = there is none
     oracle: ClassVar[str] = ""  # "module:function": check(traits, args, kwargs, outputs) -> Verdict
     cases: ClassVar[str] = ""  # "module": inputs(), FLAVOURS and named workloads
+    # Of an op with the trait output_alias, whose kernels take a keyword `out`:
+    read_until_end: ClassVar[Sequence[str]] = ()  # tensors that a kernel may read when it has begun to write `out`
+    in_place: ClassVar[Sequence[str]] = ()  # those of them that may be `out` itself: no element is read once written
 
     @staticmethod
     def signature(*args, **kwargs):
@@ -45,7 +52,8 @@ class Contract:
 
     @staticmethod
     def unpack(*args, **kwargs) -> tuple[dict[str, object], tuple, dict[str, object]]:
-        """One call of the torch op as (traits, args, kwargs): what to dispatch for, and what to call with."""
+        """One call of the torch op as (traits, args, kwargs): what to dispatch for, and what to call with. With a
+        `schema_out` it has a keyword `out=None` more."""
         raise TypeError("this contract offers no torch op")
 
     @staticmethod
@@ -103,6 +111,28 @@ class TraitSpace:
         for name in contract.dynamic:
             if name not in self.dynamic:
                 raise TraitError(f"{contract.__name__}.dynamic reads {name!r}, which is no dynamic trait", where=op)
+        self._check_output()
+
+    def _check_output(self):
+        """An op either has all that belongs to a given `out`, or none of it."""
+        contract, trait = self.contract, self.traits.get(OUTPUT_ALIAS)
+        if trait is None:
+            for name in ("read_until_end", "in_place", "schema_out"):
+                if getattr(contract, name):
+                    raise TraitError(f"{contract.__name__}.{name} is about `out`, but there is no trait {OUTPUT_ALIAS}",
+                                     where=self.op, hint=f"add the trait, or drop {name}")
+            return
+        if (trait.type, trait.kind, trait.dynamic, trait.default) != ("bool", "performance", False, False):
+            raise TraitError(f"the trait {OUTPUT_ALIAS} is a bool of kind performance, false by default: "
+                             "implementations that are silent about it serve it, by a copy", where=self.op)
+        parameters = inspect.signature(contract.signature).parameters
+        missing = {"out", *contract.read_until_end} - {*parameters}
+        if missing or parameters["out"].kind is not inspect.Parameter.KEYWORD_ONLY or not contract.read_until_end:
+            raise TraitError(f"the trait {OUTPUT_ALIAS} needs a keyword `out` in the signature and, in read_until_end, "
+                             "names of arguments" + (f"; there is no {', '.join(sorted(missing))}" if missing else ""),
+                             where=self.op)
+        if not {*contract.in_place} <= {*contract.read_until_end}:
+            raise TraitError("in_place names what read_until_end does not", where=self.op)
 
     def value_set(self, trait: Trait, spec: object) -> ValueSet:
         """`value_set(trait, spec)`, one object per distinct spec: thousands of implementations say the same things."""

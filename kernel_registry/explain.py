@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Container, Mapping, Sequence
 
+from . import aliasing
 from .catalog import Implementation, Op
 from .contract import Request
 from .errors import RegistryError
@@ -22,7 +23,7 @@ from .selection import REFUSALS, Considered, decide, denier, one_name, table
 class Candidate:
     """One implementation's part in the story: `failures` are all the reasons, `denied` the rule that disables it,
     `options` what its target is given beside the traits, `lasting` those failures that no open trait can mend,
-    `variant_of` the implementation whose variant it is."""
+    `variant_of` the implementation whose variant it is, `output` what it does with an `out` that the call brings."""
 
     name: str
     where: str
@@ -31,6 +32,7 @@ class Candidate:
     options: Mapping[str, object] = field(default_factory=dict)
     lasting: tuple[str, ...] = ()
     variant_of: str = ""
+    output: str = ""
 
     @property
     def serves(self) -> bool:
@@ -97,7 +99,7 @@ class Explanation:
             "conditions": list(case.conditions), "winner": case.winner, "decided_by": case.decided_by,
             "error": case.error,
             "candidates": [{"name": c.name, "where": c.where, "serves": c.serves, "failures": list(c.failures),
-                            "denied": c.denied, "options": c.options, "variant_of": c.variant_of}
+                            "denied": c.denied, "options": c.options, "variant_of": c.variant_of, "output": c.output}
                            for c in case.candidates],
             "near_misses": [c.name for c in case.near_misses],
             "overrides": [{"rule": str(rule), "where": rule.where, "layer": rule.layer, "outcome": outcome}
@@ -165,8 +167,11 @@ def _candidate(implementation: Implementation, left_open: Sequence[str], conditi
     except RegistryError as error:  # a Python check that can't be asked, of one that the decision did not need to ask
         failures = lasting = (error.message,)
     denied = denial.told_of(implementation) if denial else ""
+    output = ""
+    if traits.get(aliasing.TRAIT, False):
+        output = aliasing.WRITES if implementation.accepts_output_alias else aliasing.COPIES
     return Candidate(implementation.name, implementation.where, failures, denied, implementation.options, lasting,
-                     implementation.variant_of)
+                     implementation.variant_of, output)
 
 
 def _told(reasons: Sequence[str], near: bool) -> str:
@@ -192,9 +197,9 @@ def _case_rows(case: Case, told: Container[str]) -> tuple[list[str], list[tuple[
     rows = []
     for c in case.candidates:
         if c.name == case.winner:
-            rows.append(("*", c.name, "chosen"))
+            rows.append(("*", c.name, "chosen" + (c.output and f", {c.output}")))
         elif c.serves:
-            rows.append((" ", c.name, f"could serve, but {_why_not(case, c)}"))
+            rows.append((" ", c.name, f"could serve, but {_why_not(case, c)}" + (c.output and f"; {c.output}")))
         elif c.name in labels and c.name not in folded:
             rows.append(("x~"[c.name in near], labels[c.name], _told(c.reasons, c.name in near)))
     return head, rows

@@ -63,6 +63,9 @@ class ImplementationEntry(_Strict):
     numerics: Optional[str] = Field(
         None, description="implementations of one op with the same tag agree bit for bit; "
                           "batch-invariant plans need it")
+    accepts_output_alias: bool = Field(
+        False, description="writes its result into an `out` that the caller brings, whatever the distance of its rows; "
+                           "without it the result is copied there")
     variants: dict[Plain, VariantEntry] = Field(
         default_factory=dict, description="the same kernel with other options for a part of these calls, each an "
                                           "implementation called NAME.VARIANT")

@@ -4,6 +4,10 @@
     route = torch.ops.kernel_registry.moe_topk
     topk_weights, topk_ids = route(router_logits, bias, topk=8, num_expert_group=8, topk_group=4)
 
+An op whose kernels take `out` has a form for that too, which returns nothing and declares what it changes:
+
+    torch.ops.kernel_registry.moe_finalize_out(expert_output, topk_weights, topk_ids, num_experts, out=out)
+
 The op is opaque to torch.compile: the dispatch happens inside it, behind tracing, so that no state of the registry is
 ever touched by traced code, and an override or a reload takes effect without a recompile. `torch.library.Library` and
 not `custom_op`, which costs three times as much per call.
@@ -25,12 +29,18 @@ def op_name(op: str) -> str:
 
 
 def register(source: Registry, op: str, library: torch.library.Library = _library) -> None:
-    """Defines the torch op of `op`, its one implementation (dispatch, then call) and its fake."""
+    """Defines the torch op of `op`, its one implementation (dispatch, then call) and its fake; and, where the contract
+    has a `schema_out`, the same under the name with `_out`, which writes into an argument instead of returning."""
     contract = source.catalog.op(op).contract
     name = op_name(op)
-    library.define(name + contract.schema, tags=(torch.Tag.pt2_compliant_tag,))
-    library.impl(name, _dispatching(source, op, contract), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{library.ns}::{name}", contract.fake, lib=library)
+    call = _dispatching(source, op, contract)
+    forms = [(name, contract.schema, _functional(call) if contract.schema_out else call, contract.fake)]
+    if contract.schema_out:
+        forms.append((f"{name}_out", contract.schema_out, _mutating(call), lambda *_, **__: None))
+    for form, schema, function, fake in forms:
+        library.define(form + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(form, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{library.ns}::{form}", fake, lib=library)
 
 
 def _dispatching(source: Registry, op: str, contract: type[Contract]):
@@ -40,6 +50,23 @@ def _dispatching(source: Registry, op: str, contract: type[Contract]):
             traits["platform"] = "cpu"  # a tensor on the host of a GPU machine
         return source.dispatch(op, **traits)(*args, **kwargs)
     return call
+
+
+def _functional(call):
+    """`call`, but that a result which is an input's storage is copied: torch lets no op return one undeclared."""
+    def functional(*arguments, **keywords):
+        result = call(*arguments, **keywords)
+        storage = result.untyped_storage().data_ptr()
+        inputs = (a for a in (*arguments, *keywords.values()) if isinstance(a, torch.Tensor))
+        return result.clone() if any(a.untyped_storage().data_ptr() == storage for a in inputs) else result
+    return functional
+
+
+def _mutating(call):
+    """`call` with `out` among its keywords, which returns nothing: the schema says that `out` changes."""
+    def mutating(*arguments, **keywords):
+        call(*arguments, **keywords)
+    return mutating
 
 
 for _op, _entry in registry.catalog.ops.items():

@@ -3,7 +3,9 @@
     trait         Trait: name, type, kind, neutral value; makes a caller's value canonical or refuses it
     dtype         one spelling of each dtype
     platform      machines and patterns of machines; finding out which machine this is
-    moe           the traits of mixture-of-experts ops
+    moe           the traits of routing, which mixture-of-experts ops share
+    experts       the traits of the expert layers
+    finalize      the traits of what follows them
     model_config  a model's published config.json, turned into traits by families.yaml
 
 Nothing here imports the engine, an op, torch or triton; yaml is imported when a model config is read.

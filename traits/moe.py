@@ -31,18 +31,5 @@ NUM_TOKENS = Trait("num_tokens", "int", "performance", minimum=0, dynamic=True, 
 CONTIGUOUS = Trait("contiguous", "bool", "layout", default=True, dynamic=True,
                    doc="the logits are contiguous, row after row")
 
-HIDDEN_SIZE = Trait("hidden_size", "int", "performance", minimum=1, doc="H, columns of the hidden states")
-EXPERT_PARALLEL = Trait("expert_parallel", "bool", "semantic", default=False,
-                        doc="an expert_map takes the ids of all ranks' experts to those that are here, or to -1")
-OUTPUT_ALIAS = Trait("output_alias", "bool", "performance", default=False,
-                     doc="the caller brings `out`; one that an implementation can't write into is copied into")
-
-ROWS_DTYPE = Trait("dtype", "dtype", "semantic", default="bfloat16", doc="of the experts' rows")
-OUT_DTYPE = Trait("out_dtype", "dtype", "semantic", default="bfloat16", doc="of the output")
-REDUCED = Trait("reduced", "bool", "semantic", default=False, doc="the experts have summed over the slots already")
-WEIGHTS_APPLIED = Trait("weights_applied", "bool", "semantic", default=False,
-                        doc="the rows carry the routing weights already")
-HAS_SHARED = Trait("has_shared", "bool", "semantic", default=False, doc="a shared expert's output is added")
-
 TOPK_TRAITS = (NUM_EXPERTS, TOPK, NUM_EXPERT_GROUP, TOPK_GROUP, NUM_FUSED_SHARED_EXPERTS, SCORING, HAS_BIAS,
                RENORMALIZE, DTYPE, BIAS_DTYPE, SCORE_DTYPE, PLATFORM, NUM_TOKENS, CONTIGUOUS)

@@ -26,22 +26,22 @@ kernel runs, and the result is expert_output itself. docs/moe_finalize.md has th
 from __future__ import annotations
 
 from kernel_registry.contract import Contract
-from kernel_registry.traits import moe
+from kernel_registry.traits import finalize
 
 
 class Finalize(Contract):
     """Traits, signature and readers of moe.finalize."""
 
-    traits = (
-        moe.NUM_EXPERTS, moe.TOPK, moe.HIDDEN_SIZE, moe.ROWS_DTYPE, moe.OUT_DTYPE, moe.REDUCED, moe.WEIGHTS_APPLIED,
-        moe.HAS_SHARED, moe.EXPERT_PARALLEL, moe.OUTPUT_ALIAS, moe.PLATFORM, moe.NUM_TOKENS,
-    )
+    traits = finalize.FINALIZE_TRAITS
     relations = ("weights_applied or not reduced", "not (reduced and expert_parallel)")
     dynamic = {"num_tokens": lambda expert_output: expert_output.shape[0]}
     schema = (
         "(Tensor expert_output, Tensor? topk_weights, Tensor? topk_ids, int num_experts, Tensor? shared_output=None, "
         "float routed_scaling_factor=1.0, Tensor? expert_map=None, ScalarType? out_dtype=None) -> Tensor"
     )
+    schema_out = schema.replace(", ScalarType? out_dtype=None) -> Tensor", ", *, Tensor(a!) out) -> ()")
+    read_until_end = ("expert_output", "topk_weights", "topk_ids", "shared_output", "expert_map")
+    in_place = ("expert_output", "shared_output")
     oracle = "kernel_registry.ops.moe.finalize.oracle:check"
     cases = "kernel_registry.ops.moe.finalize.cases"
 
@@ -52,16 +52,18 @@ class Finalize(Contract):
 
     @staticmethod
     def unpack(expert_output, topk_weights, topk_ids, num_experts, shared_output=None, routed_scaling_factor=1.0,
-               expert_map=None, out_dtype=None):
+               expert_map=None, out_dtype=None, *, out=None):
         """One call of the torch op, see `schema`, as (traits, args, kwargs) of a dispatch and of the kernel."""
         reduced = expert_output.dim() == 2
+        if out is not None:
+            out_dtype = out.dtype
         traits = dict(
             num_experts=num_experts, topk=1 if reduced else expert_output.shape[1], hidden_size=expert_output.shape[-1],
             dtype=expert_output.dtype, out_dtype=out_dtype or expert_output.dtype, reduced=reduced,
             weights_applied=topk_weights is None, has_shared=shared_output is not None,
-            expert_parallel=expert_map is not None)
+            expert_parallel=expert_map is not None, output_alias=out is not None)
         return traits, (expert_output, topk_weights, topk_ids), dict(
-            shared_output=shared_output, routed_scaling_factor=routed_scaling_factor, expert_map=expert_map)
+            shared_output=shared_output, routed_scaling_factor=routed_scaling_factor, expert_map=expert_map, out=out)
 
     @staticmethod
     def fake(expert_output, topk_weights, topk_ids, num_experts, shared_output=None, routed_scaling_factor=1.0,
