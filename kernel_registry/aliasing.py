@@ -33,7 +33,7 @@ def plan(out, reads: Mapping[str, object], *, accepts: bool, in_place: Collectio
     """What happens to `out` in a call that reads the tensors `reads`, by name (None: not given), until its end.
 
     accepts   whether the implementation declares accepts_output_alias
-    in_place  names of those that may be `out` itself, exactly the same elements: a kernel reads each before it writes it
+    in_place  names of those that may be `out` itself, exactly the same elements: a kernel reads none once it is written
     Raises InputError for an `out` whose elements are not all different ones.
     """
     if not accepts:
@@ -112,7 +112,8 @@ def refuse_repeated(out) -> None:
         if size > 1:
             if step < reach:
                 raise InputError(f"rows of out overlap: [{', '.join(map(str, out.shape))}] with strides "
-                                 f"{tuple(out.stride())}", hint="pass a tensor in which every element has its own place")
+                                 f"{tuple(out.stride())}",
+                                 hint="pass a tensor in which every element has a place of its own")
             reach += (size - 1) * step
 
 

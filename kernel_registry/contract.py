@@ -38,7 +38,7 @@ class Contract:
     relations: ClassVar[Sequence[str]] = ()  # must hold for every call, whichever implementation serves it
     dynamic: ClassVar[Mapping[str, Callable]] = {}  # dynamic trait -> reads it off a call's first argument
     schema: ClassVar[str] = ""  # torch.library schema of the op, without its name; "" = not offered as a torch op
-    schema_out: ClassVar[str] = ""  # that of its form that writes into an argument `Tensor(a!) out`; "" = there is none
+    schema_out: ClassVar[str] = ""  # that of its form that begins with `Tensor(a!) out` and returns nothing
     oracle: ClassVar[str] = ""  # "module:function": check(traits, args, kwargs, outputs) -> Verdict
     cases: ClassVar[str] = ""  # "module": inputs(), FLAVOURS and named workloads
     # Of an op with the trait output_alias, whose kernels take a keyword `out`:

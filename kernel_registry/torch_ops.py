@@ -6,8 +6,9 @@
 
 An op whose kernels take `out` has a form for that too, which returns nothing and declares what it changes:
 
-    torch.ops.kernel_registry.moe_finalize_out(expert_output, topk_weights, topk_ids, num_experts, out=out)
+    torch.ops.kernel_registry.moe_finalize_out(out, expert_output, topk_weights, topk_ids, num_experts)
 
+`out` goes first: as a keyword torch.compile takes none that is a slice of a larger buffer.
 The op is opaque to torch.compile: the dispatch happens inside it, behind tracing, so that no state of the registry is
 ever touched by traced code, and an override or a reload takes effect without a recompile. `torch.library.Library` and
 not `custom_op`, which costs three times as much per call.
@@ -63,9 +64,9 @@ def _functional(call):
 
 
 def _mutating(call):
-    """`call` with `out` among its keywords, which returns nothing: the schema says that `out` changes."""
-    def mutating(*arguments, **keywords):
-        call(*arguments, **keywords)
+    """`call` with an `out` before all others, which returns nothing: the schema says that `out` changes."""
+    def mutating(out, *arguments, **keywords):
+        call(*arguments, out=out, **keywords)
     return mutating
 
 

@@ -58,6 +58,7 @@ EFFECTS = {
     "rank": ({"rank": 7}, lambda r, op: r.catalog.op(op).by_name["a"].precedence),
     "fallback": ({"when": {}, "fallback": True}, lambda r, op: r.catalog.op(op).by_name["a"].precedence),
     "numerics": ({"numerics": "bits"}, lambda r, op: r.catalog.op(op).by_name["a"].numerics),
+    "accepts_output_alias": ({"accepts_output_alias": True}, lambda r, op: r.catalog),  # see also test_aliasing
     "variants": ({"variants": {"many": {"when": {"num_tokens": {"min": 9}}}}}, lambda r, op: r.bind(op, size=8).name),
 }
 

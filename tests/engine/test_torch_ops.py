@@ -95,6 +95,13 @@ def test_every_op_with_a_schema_is_a_torch_op():
         assert torch.Tag.pt2_compliant_tag in getattr(torch.ops.kernel_registry, name).default.tags
         told = {a.name: a.default_value if a.has_default_value() else inspect.Parameter.empty for a in schema.arguments}
         taken = {p.name: p.default for p in inspect.signature(contract.unpack).parameters.values()}
+        if contract.schema_out:
+            mutating = getattr(torch.ops.kernel_registry, name + "_out").default._schema
+            assert taken.pop("out") is None and mutating.is_mutable and not schema.is_mutable and not mutating.returns
+            assert {a.name for a in mutating.arguments if a.is_write} == {"out"}
+            same = {a.name: a.default_value if a.has_default_value() else inspect.Parameter.empty
+                    for a in mutating.arguments if not a.is_write}
+            assert same.items() <= told.items(), f"{name}_out: other arguments or defaults than without out"
         assert told == taken, f"{name}: the schema and unpack have different arguments or defaults"
 
 

@@ -28,9 +28,9 @@ a2_scale       the same, of the second layer's input
 w13_bias       float32, bfloat16 or float16 [E, 2I], rows as w13's; given exactly with has_bias
 w2_bias        the same, [E, H]
 expert_map     int32 or int64 [experts of all machines] -> row of w13, or -1; given exactly with expert_parallel
-out            [T, H] like the result, given exactly with output_alias: the result is written there and `out` is returned.
-               Rows may lie apart; a kernel is never given one that shares memory with an input
-All tensors but `out` are contiguous; all are on the device of hidden_states. Slots count one by one, equal ids included.
+out            [T, H] like the result, given exactly with output_alias: the result is written there, and `out` is
+               returned. Rows may lie apart; a kernel is never given one that shares memory with an input
+All tensors but `out` are contiguous; all are on the device of hidden_states. Slots count one by one, equal ids too.
 Raises kernel_registry.errors.InputError for tensors that contradict the dispatched traits.
 
 The meaning, step by step, is in docs/moe_experts.md. Sources: the order of operations is vLLM's pull request 31962; the
@@ -67,7 +67,7 @@ class Experts(Contract):
         "str act_quant='none', int group_size=128, str activation='silu', "
         "bool apply_router_weight_on_input=False) -> Tensor"
     )
-    schema_out = schema.replace(") -> Tensor", ", Tensor(a!) out) -> ()")
+    schema_out = "(Tensor(a!) out, " + schema[1:].replace(" -> Tensor", " -> ()")
     read_until_end = ("hidden_states", "w13", "w2", "topk_weights", "topk_ids", "w13_scale", "w2_scale", "a13_scale",
                       "a2_scale", "w13_bias", "w2_bias", "expert_map")
     oracle = "kernel_registry.ops.moe.experts.oracle:check"

@@ -39,7 +39,7 @@ class Finalize(Contract):
         "(Tensor expert_output, Tensor? topk_weights, Tensor? topk_ids, int num_experts, Tensor? shared_output=None, "
         "float routed_scaling_factor=1.0, Tensor? expert_map=None, ScalarType? out_dtype=None) -> Tensor"
     )
-    schema_out = schema.replace(", ScalarType? out_dtype=None) -> Tensor", ", *, Tensor(a!) out) -> ()")
+    schema_out = "(Tensor(a!) out, " + schema[1:].replace(", ScalarType? out_dtype=None) -> Tensor", ") -> ()")
     read_until_end = ("expert_output", "topk_weights", "topk_ids", "shared_output", "expert_map")
     in_place = ("expert_output", "shared_output")
     oracle = "kernel_registry.ops.moe.finalize.oracle:check"
