@@ -92,7 +92,7 @@ def inputs(traits, num_tokens: int, *, seed: int = 0, device="cpu", flavour: str
 
     ids, table = _routing(traits, num_tokens, flavour, generator)
     weights = 0.05 + torch.rand(ids.shape, generator=generator)
-    weights = weights / weights.sum(dim=1, keepdim=True)
+    weights = weights / weights.sum(dim=1, keepdim=True) * (0.5 + torch.rand(num_tokens, 1, generator=generator))
     hidden = torch.randn(num_tokens, traits["hidden_size"], generator=generator)
     some = torch.rand(num_tokens, generator=generator) < 0.3
     layer = _layer(traits, seed, device, other_dtype)
