@@ -104,7 +104,7 @@ def inputs(traits, num_tokens: int, *, seed: int = 0, device="cpu", flavour: str
         wrong = torch.rand(ids.shape, generator=generator) < 0.4
         ids[wrong] = torch.tensor(invalid)[torch.randint(len(invalid), ids.shape, generator=generator)][wrong]
     elif flavour == "unused_experts":
-        used = torch.rand(traits["num_experts"], generator=generator) < 0.5
+        used = torch.randperm(traits["num_experts"], generator=generator) % 2 == 0
         row = ids if table is None else table[ids]
         ids[(row < 0) | ~used[row]] = -1
         layer = _poisoned(layer, ~used)
