@@ -3,7 +3,8 @@
 Each row is one implementation on one workload at one token count. Rounds alternate between the implementations, so that
 a machine that slows down slows all of them; what is reported is the median. `ratio` is the time over the reference's
 (the op's fallback) from the same rounds, and `regret` the time of what the registry chooses over the best time there
-is: 1.0 means that the shipped order is the fastest.
+is: 1.0 means that the shipped order is the fastest. On a CPU an op may have its workloads reduced to smaller ones,
+whose names say so.
 """
 
 from __future__ import annotations
@@ -81,6 +82,9 @@ class _Bench:
     def rows(self, workload: str, traits: Mapping[str, object], tokens: int,
              chosen: Sequence[Implementation], named: Container[str]) -> list[BenchRow]:
         op = self.op
+        affordable = self.tools.affordable(traits, device_of(self.here))
+        if affordable != traits:
+            workload, traits = f"{workload} (reduced)", affordable
         given = call_traits(op, traits, tokens)
         try:
             request = op.space.request(given, lambda: self.here)

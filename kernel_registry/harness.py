@@ -3,6 +3,8 @@
 The contract names both. `cases` is a module with `inputs(traits, num_tokens, *, seed, device, flavour)`, which returns
 (args, kwargs), FLAVOURS (names of kinds of values, the first being plain random ones) and WORKLOADS (name -> traits).
 Where rows of a call never mix it also has `prefix(args, kwargs, outputs, n)`: all three for its first n rows alone.
+Where real sizes are more than a CPU can make and multiply it has `reduced(traits)`: the traits of a small call that is
+as difficult. What is run on a CPU is that.
 `oracle` is a function `check(traits, args, kwargs, outputs)` whose verdict has passed (None for an input that it can't
 judge), rows, undecided, detail, and max_weight_error where it has one.
 """
@@ -25,7 +27,7 @@ from .traits.platform import Platform
 
 @dataclass(frozen=True)
 class Harness:
-    """`inputs`, `flavours`, `workloads`, `check` and `prefix`, None where there is none, of one op."""
+    """`inputs`, `flavours`, `workloads`, `check`, `prefix` and `reduced`, None where there is none, of one op."""
 
     op: Op
     inputs: Callable
@@ -33,6 +35,11 @@ class Harness:
     workloads: Mapping[str, Mapping[str, object]]
     check: Callable
     prefix: Callable | None
+    reduced: Callable | None = None
+
+    def affordable(self, traits: Mapping[str, object], device: str) -> dict[str, object]:
+        """`traits` as they are run on `device`: on a CPU at reduced sizes, where the op has such."""
+        return dict(self.reduced(traits) if self.reduced and device == "cpu" else traits)
 
     def judge(self, kernel: Callable, traits: Mapping[str, object], *, tokens: int, seed: int, flavour: str,
               device: str, arguments: Mapping[str, object] | None = None):
@@ -71,7 +78,8 @@ def harness(op: Op) -> Harness:
                           hint="running kernels needs torch: pip install 'kernel-registry[kernels]'" if lacks_torch else
                           f"try `python -c 'import {contract.cases}'`") from error
     return Harness(op, cases.inputs, tuple(cases.FLAVOURS), dict(cases.WORKLOADS),
-                   targets.load(contract.oracle, op.name), getattr(cases, "prefix", None))
+                   targets.load(contract.oracle, op.name), getattr(cases, "prefix", None),
+                   getattr(cases, "reduced", None))
 
 
 def call_traits(op: Op, traits: Mapping[str, object], tokens: int) -> dict[str, object]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Callable, Mapping, Sequence
 
 from .errors import RegistryError
@@ -21,7 +21,8 @@ _SECONDS = {"interpreter": 2048, "cpu": 16_384}  # tokens that take seconds ther
 @dataclass(frozen=True)
 class RunRow:
     """One call. `max_weight_error` is relative to the oracle, None where the oracle gives none; `undecided` counts rows
-    of `rows` on which rounding leaves the choice open. `verdict` is passed, failed or not run, `detail` says why."""
+    of `rows` on which rounding leaves the choice open. `verdict` is passed, failed or not run, `detail` says why.
+    `reduced` has the traits that were run with other values than the model's, which a CPU can't afford."""
 
     op: str
     model: str
@@ -33,14 +34,15 @@ class RunRow:
     undecided: int
     verdict: str
     detail: str = ""
+    reduced: Mapping[str, object] = field(default_factory=dict)
 
 
 def run_model(registry: Registry, config: "str | Mapping | ModelConfig", *, tokens: Sequence[int] = (), seed: int = 0,
               progress: Callable[[RunRow], None] | None = None) -> list[RunRow]:
     """Runs every op that the model uses, on random inputs of each of the `tokens` counts. By default those are 1, 16
     and 256 (1 and 16 in the interpreter), and the first of each range in which another kernel is chosen; one that would
-    take long here is a row that was not run. A kernel that raises is a failed row; a config that can't be read raises
-    ConfigError."""
+    take long here is a row that was not run. On a CPU an op may have its sizes reduced; the row says so. A kernel that
+    raises is a failed row; a config that can't be read raises ConfigError."""
     config = read_config(config)
     here = registry.platform()
     rows = []
@@ -48,13 +50,16 @@ def run_model(registry: Registry, config: "str | Mapping | ModelConfig", *, toke
         workloads = op.contract.workloads(config)
         tools = harness(op) if workloads else None
         for workload in workloads:
-            for count in tokens or _default_tokens(registry, op, workload.traits):
-                traits = call_traits(op, workload.traits, count)
+            affordable = tools.affordable(workload.traits, device_of(here))
+            reduced = {name: value for name, value in affordable.items() if workload.traits[name] != value}
+            for count in tokens or _default_tokens(registry, op, affordable):
+                traits = call_traits(op, affordable, count)
                 if not tokens and count > _SECONDS.get(here.kind, count):
                     row = _left_out(registry, op, config.name, traits, count)
                 else:
                     row = _run(registry, op, tools, config.name, traits, workload.arguments, count, seed,
                                device_of(here))
+                row = replace(row, reduced=reduced)
                 rows.append(row)
                 if progress:
                     progress(row)

@@ -196,10 +196,12 @@ class _Verifier:
         """One point of at most `most` tokens, executed and judged. Whatever is raised is a failure: the box said it
         serves this.
 
-        Model workloads get plain values and various token counts, other points each flavour of values in turn."""
+        Model workloads get plain values and various token counts, other points each flavour of values in turn. On a CPU
+        the sizes are reduced where the op says how."""
         is_model = point.where == "model"
         if is_model and "num_tokens" in point.traits:
             point = self._with_tokens(implementation, point, _TOKENS[index % len(_TOKENS)])
+        point = self._affordable(tools, implementation, point, device)
         tokens = point.traits.get("num_tokens", _TOKENS[index % len(_TOKENS)])
         flavour = tools.flavours[0 if is_model else index % len(tools.flavours)]
         title = f"{point.about}: {_text(point)} ({flavour}, seed {self.seed + index})"
@@ -220,6 +222,14 @@ class _Verifier:
         fraction = verdict.undecided / verdict.rows if verdict.rows else 0.0
         return self._row(implementation, point.where, title, PASSED if verdict.passed else FAILED,
                          str(verdict.detail or ""), fraction, verdict.rows)
+
+    def _affordable(self, tools: Harness, implementation: Implementation, point: Point, device: str) -> Point:
+        """`point` at the sizes that are run on `device`, where the implementation admits them."""
+        traits = tools.affordable(point.traits, device)
+        if traits == point.traits or not implementation.box.admits(
+                self.op.space.request(traits, lambda: self.here).traits):
+            return point
+        return replace(point, about=f"{point.about}, reduced", traits=traits)
 
     def _with_tokens(self, implementation: Implementation, point: Point, tokens: int) -> Point:
         """`point` with that many tokens, where the implementation admits it."""

@@ -45,6 +45,9 @@ def run_command(ctx: click.Context, config: str, tokens: tuple[int, ...], seed: 
             *(["-" if r.max_weight_error is None else f"{r.max_weight_error:.1e}"] if measured else []),
             "-" if r.verdict == "not run" else f"{r.undecided} of {r.rows}", r.decided_by] for r in rows],
           right=("tokens", "max weight error", "undecided rows"))
+    for op, reduced in dict.fromkeys((r.op, tuple(r.reduced.items())) for r in rows if r.reduced):
+        sizes = ", ".join(f"{name}={value}" for name, value in reduced)
+        click.echo(f"reduced: {op} was run with {sizes}; its real sizes are more than a CPU can take")
     for row in (r for r in rows if r.verdict == "not run"):
         click.echo(f"not run: {row.op} with {row.tokens} tokens ({row.implementation}): {row.detail}")
     failures = [r for r in rows if r.verdict == "failed"]

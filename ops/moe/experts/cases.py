@@ -1,4 +1,4 @@
-"""Inputs of moe.experts for tests, verify, bench and run: plain ones, and every kind that has broken a kernel somewhere.
+"""Inputs of moe.experts for tests, verify, bench and run: plain ones, and every kind that broke a kernel somewhere.
 
 `inputs` makes one call; FLAVOURS names the kinds of values, the first being what a model gives; WORKLOADS the layers of
 published models as one GPU has them. Those are gigabytes of weights, so `reduced` makes small layers of them, which
@@ -92,7 +92,7 @@ def inputs(traits, num_tokens: int, *, seed: int = 0, device="cpu", flavour: str
 
     ids, table = _routing(traits, num_tokens, flavour, generator)
     weights = 0.05 + torch.rand(ids.shape, generator=generator)
-    weights = weights / weights.sum(dim=1, keepdim=True)
+    weights = weights / weights.sum(dim=1, keepdim=True) * (0.5 + torch.rand(num_tokens, 1, generator=generator))
     hidden = torch.randn(num_tokens, traits["hidden_size"], generator=generator)
     some = torch.rand(num_tokens, generator=generator) < 0.3
     layer = _layer(traits, seed, device, other_dtype)
@@ -104,7 +104,7 @@ def inputs(traits, num_tokens: int, *, seed: int = 0, device="cpu", flavour: str
         wrong = torch.rand(ids.shape, generator=generator) < 0.4
         ids[wrong] = torch.tensor(invalid)[torch.randint(len(invalid), ids.shape, generator=generator)][wrong]
     elif flavour == "unused_experts":
-        used = torch.rand(traits["num_experts"], generator=generator) < 0.5
+        used = torch.randperm(traits["num_experts"], generator=generator) % 2 == 0
         row = ids if table is None else table[ids]
         ids[(row < 0) | ~used[row]] = -1
         layer = _poisoned(layer, ~used)
@@ -116,10 +116,10 @@ def inputs(traits, num_tokens: int, *, seed: int = 0, device="cpu", flavour: str
 
     kwargs = {name: layer[name] for name in ("w13_scale", "w2_scale", "w13_bias", "w2_bias") if name in layer}
     act = ACTIVATIONS[traits.get("act_quant", "none")]
-    if act is not None and not act.group:  # given scales, made for values to 4 and to 3: few are beyond
+    if act is not None and not act.group:  # given scales, as if from other tokens: few values are beyond them
         shape = (1,) if seed % 2 else ()
-        kwargs["a13_scale"] = torch.full(shape, 4 / act.largest, device=device)
-        kwargs["a2_scale"] = torch.full(shape, 3 / act.largest, device=device)
+        kwargs["a13_scale"] = torch.full(shape, 3.7 / act.largest, device=device)
+        kwargs["a2_scale"] = torch.full(shape, 10.3 / act.largest, device=device)
     if table is not None:
         kwargs["expert_map"] = table.to(torch.int32 if seed % 2 else torch.int64).to(device)
     hidden = hidden.to(dtype).to(device)

@@ -1,0 +1,172 @@
+"""The judge of moe.experts: float64, sharing no code with any implementation or with formats.py.
+
+Each call is computed twice in float64: with the inputs of both multiplications as they are (exact), and with them
+quantised or rounded where the contract says (rounded). Beside the second runs a bound of how far a float32 kernel can
+be from it: its accumulation, its activation function, and quantised numbers that lie so near a boundary between two
+that float32 may take the other (oracle_numbers.py). Two demands:
+
+every element   lies between the two numbers that the bounds' ends are cast to. Where float32 leaves no doubt, which is
+                nearly everywhere in 16 bits, that is one number: a wrong row, scale, expert, bias or weight, a cast too
+                many or a sum in less than float32 shows.
+the whole call  has, against the exact result, at most 1.15 times the root mean square error of the rounded one after
+                its one cast, plus a millionth of the result's size (float32's own noise). Only where the errors of a
+                thousand elements or more make up the mean, since few elements have no stable one.
+
+undecided       rows whose bounds are wider than a tenth of the row's own size, or not finite: of these the first demand
+                says little. Counted and reported; a caller asserts that they are few.
+
+A token without an expert here must be 0, `out` must be what is returned, and no result shares memory with an input.
+Runs on the device of the outputs, expert by expert, in memory of a few experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .oracle_numbers import (SPREADS, U, Value, activated, exactly, operand, plus, product, times,
+                             weights64)
+
+RMS_RATIO = 1.15
+RMS_SLACK = 1e-6
+_ELEMENTS = 1000
+_DOUBTFUL = 0.1
+_ROWS = 4096  # of one expert at a time
+_NEUTRAL = dict(dtype="bfloat16", weight_quant="none", act_quant="none", group_size=128, activation="silu",
+                has_bias=False, apply_router_weight_on_input=False, expert_parallel=False, output_alias=False)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """passed, over `rows` tokens, of which `undecided` have bounds too wide to say much. `error` is the relative root
+    mean square error against exact arithmetic, `least` that of float32 arithmetic with one cast."""
+
+    passed: bool
+    rows: int
+    undecided: int
+    detail: str = ""
+    error: float = 0.0
+    least: float = 0.0
+
+
+class Wrong(Exception):
+    """Carries the detail of a failed verdict."""
+
+
+def check(traits, args, kwargs, outputs) -> Verdict:
+    """Judges the output of one call of moe.experts with these traits, args and kwargs."""
+    traits, rows = {**_NEUTRAL, **traits}, args[0].shape[0]
+    try:
+        _check_form(traits, args, kwargs, outputs)
+        if not outputs.numel():
+            return Verdict(True, rows, 0, "no rows")
+        exact, rounded, bound = evaluate(traits, args, kwargs)
+        undecided = _check_elements(traits, args, outputs, rounded, bound)
+        return _check_error(outputs, exact, rounded, rows, undecided)
+    except Wrong as wrong:
+        return Verdict(False, rows, 0, str(wrong))
+
+
+def evaluate(traits, args, kwargs) -> tuple[Tensor, Tensor, Tensor]:
+    """[T, H] float64, before the cast: the exact result, the rounded one, and the bound of float32's distance from
+    that."""
+    traits = {**_NEUTRAL, **traits}
+    hidden, w13, w2, topk_weights, _ = args
+    shape = hidden.shape
+    exact, rounded, variance = (torch.zeros(shape, dtype=torch.float64, device=hidden.device) for _ in range(3))
+    halves = 1 if traits["activation"] == "swigluoai" else 2
+    row = _rows_of_weights(traits, args[4], kwargs.get("expert_map"))
+
+    def pick(name, expert):
+        return kwargs[name][expert] if kwargs.get(name) is not None else None
+
+    for expert in row[row >= 0].unique().tolist():
+        layers = (weights64(traits, w13[expert], pick("w13_scale", expert), shape[1], halves),
+                  weights64(traits, w2[expert], pick("w2_scale", expert), traits["intermediate_size"], 1))
+        biases = pick("w13_bias", expert), pick("w2_bias", expert)
+        for token, slot in zip(*(part.split(_ROWS) for part in torch.nonzero(row == expert, as_tuple=True))):
+            x, weight = exactly(hidden[token].double()), topk_weights[token, slot].double()[:, None]
+            y = _expert(traits, x, layers, biases, weight, lambda x, matrix, scale: exactly(x.at @ matrix.T))
+            exact.index_add_(0, token, y.at)
+            y = _expert(traits, x, layers, biases, weight, lambda x, matrix, scale: product(
+                traits, operand(traits, x, kwargs.get(scale)), matrix, hidden.device.type != "cpu"))
+            rounded.index_add_(0, token, y.at)
+            # a sum of K numbers in float32 rounds K times
+            variance.index_add_(0, token, y.spread.square() + (U * traits["topk"] * y.at).square())
+    return exact, rounded, SPREADS * variance.sqrt()
+
+
+def _expert(traits, x: Value, layers, biases, weight: Tensor, multiply) -> Value:
+    """One expert's weighted rows. `multiply(x, matrix, name of the given scale)` says what becomes of its inputs."""
+    on_input = traits["apply_router_weight_on_input"]
+
+    def layer(x: Value, index: int, scale: str, weighted: bool) -> Value:
+        y = multiply(x, layers[index], scale)
+        y = y if biases[index] is None else plus(y, biases[index])
+        return times(y, weight) if weighted else y
+
+    a = activated(traits, layer(x, 0, "a13_scale", on_input))
+    return layer(a, 1, "a2_scale", not on_input)
+
+
+def _rows_of_weights(traits, topk_ids: Tensor, expert_map: Tensor | None) -> Tensor:
+    """[T, K] int64: the row of w13 that serves each slot, -1 for none."""
+    ids = topk_ids.to(torch.int64)
+    if expert_map is not None:
+        padded = torch.cat([expert_map.to(torch.int64), ids.new_tensor([-1])])
+        outside = (ids < 0) | (ids >= len(expert_map))
+        ids = padded[ids.masked_fill(outside, len(expert_map))]
+    return ids.masked_fill((ids < 0) | (ids >= traits["num_experts"]), -1)
+
+
+def _check_form(traits, args, kwargs, outputs) -> None:
+    hidden = args[0]
+    if not isinstance(outputs, Tensor):
+        raise Wrong(f"the output is a {type(outputs).__name__}, expected a tensor")
+    if outputs.shape != hidden.shape or outputs.dtype != hidden.dtype or outputs.device != hidden.device:
+        raise Wrong(f"the output is {list(outputs.shape)} {outputs.dtype} on {outputs.device}, "
+                    f"expected {list(hidden.shape)} {hidden.dtype} on {hidden.device}")
+    out = kwargs.get("out")
+    if out is not None:
+        if outputs.data_ptr() != out.data_ptr() or outputs.stride() != out.stride():
+            raise Wrong("the output is not the `out` that was given")
+        return
+    for tensor in (*args, *kwargs.values()):
+        if isinstance(tensor, Tensor) and outputs.numel() and \
+                tensor.untyped_storage().data_ptr() == outputs.untyped_storage().data_ptr():
+            raise Wrong("the output shares memory with an input")
+
+
+def _check_elements(traits, args, outputs: Tensor, rounded: Tensor, bound: Tensor) -> int:
+    """The number of undecided rows. Raises Wrong at the first element that is outside its bounds."""
+    low, high = (rounded - bound).to(outputs.dtype), (rounded + bound).to(outputs.dtype)
+    unknown = ~(low <= high)  # NaN: an input of an expert that is here was not finite
+    wrong = ~((low <= outputs) & (outputs <= high) | unknown)
+    if bool(wrong.any()):
+        token, column = wrong.nonzero()[0].tolist()
+        ids = args[4][token].tolist()
+        raise Wrong(f"{int(wrong.any(1).sum())} of {len(wrong)} rows are wrong; the first is row {token}, ids {ids}: "
+                    f"column {column} is {outputs[token, column].item()!r}, expected "
+                    f"{rounded[token, column].item():.9g} within {bound[token, column].item():.2g} before the cast; "
+                    f"{int(wrong[token].sum())} of its {wrong.shape[1]} columns are wrong")
+    size = rounded.square().mean(1).sqrt()
+    return int(((bound.square().mean(1).sqrt() > _DOUBTFUL * size) | unknown.any(1)).sum())
+
+
+def _check_error(outputs: Tensor, exact: Tensor, rounded: Tensor, rows: int, undecided: int) -> Verdict:
+    """The verdict by the second demand."""
+    finite = torch.isfinite(exact) & torch.isfinite(rounded.to(outputs.dtype).double()) & torch.isfinite(outputs)
+    exact = exact[finite]
+    size = exact.square().mean().sqrt() if exact.numel() else exact.new_zeros(())
+    if not bool(size > 0):
+        return Verdict(True, rows, undecided, f"{rows} rows, all 0")
+    mine = (outputs[finite].double() - exact).square()
+    best = (rounded[finite].to(outputs.dtype).double() - exact).square()
+    error, least = ((e.mean().sqrt() / size).item() for e in (mine, best))
+    effective = (best.sum().square() / best.square().sum().clamp(min=1e-300)).item()
+    detail = f"{rows} rows, relative error {error:.3g}, of float32 arithmetic with one cast {least:.3g}"
+    if error > RMS_RATIO * least + RMS_SLACK and effective >= _ELEMENTS:
+        return Verdict(False, rows, undecided, f"{detail}: more than {RMS_RATIO} times", error, least)
+    return Verdict(True, rows, undecided, detail, error, least)
