@@ -1,7 +1,7 @@
 """Reads families.yaml: which config field, or constant, gives each trait of a model family. Data in, dataclasses out.
 
-The file is checked whole when it is read: an unknown key, a trait that moe.topk does not have, a constant that the
-trait refuses, a model_type claimed twice, and a key written twice are errors that name the place.
+The file is checked whole when it is read: an unknown key, a trait that the op does not have, a constant that the trait
+refuses, a model_type claimed twice, and a key written twice are errors that name the place.
 """
 
 from __future__ import annotations
@@ -11,10 +11,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Mapping
 
+from .experts import EXPERTS_TRAITS
 from .moe import TOPK_TRAITS
 from .trait import TraitValueError, close
 
 TRAITS = {trait.name: trait for trait in TOPK_TRAITS if trait.type != "platform" and not trait.dynamic}
+ROUTED = ("num_experts", "topk")  # traits of the experts that are the router's
+EXPERTS = {trait.name: trait for trait in EXPERTS_TRAITS
+           if trait.type != "platform" and not trait.dynamic and trait.name not in ROUTED}
 NEEDED = ("num_experts", "topk", "scoring", "has_bias", "renormalize")  # no family leaves these to a neutral value
 ABSENT = object()
 
@@ -54,7 +58,8 @@ class Layers:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One family: the sources of its traits, of the call's arguments and of the number of shared experts."""
+    """One family: the sources of its router's traits, of the call's arguments, of the number of shared experts, and of
+    its experts' traits, None where they are no layer that moe.experts computes."""
 
     name: str
     model_types: tuple[str, ...]
@@ -62,6 +67,7 @@ class Family:
     layers: Layers
     routed_scaling_factor: Source = Source(always=1.0)
     shared_experts: Source = Source(always=0)
+    experts: Mapping[str, Source] | None = None
     must: Mapping[str, tuple] = field(default_factory=dict)  # field -> values it may have, when the config has it
     variant_field: str = ""
     variants: Mapping[str, Mapping[str, Source]] = field(default_factory=dict)  # its value -> further traits
@@ -100,7 +106,7 @@ def parse(text: str, where: str = "families") -> dict[str, Family]:
 
 def _family(name: str, body: object, at: str) -> Family:
     _keys(body, at, needed=("model_types", "traits", "layers"),
-          optional=("routed_scaling_factor", "shared_experts", "must", "variants", "notes"))
+          optional=("routed_scaling_factor", "shared_experts", "experts", "must", "variants", "notes"))
     traits = _traits(body["traits"], f"{at}: traits")
     variant_field, variants = "", {}
     if "variants" in body:
@@ -116,6 +122,11 @@ def _family(name: str, body: object, at: str) -> Family:
             raise FamiliesError(f"{at}: traits: {missing[0]} is missing: no family leaves it to a default")
     sources = {key: _source(body[key], f"{at}: {key}") for key in ("routed_scaling_factor", "shared_experts")
                if key in body}
+    if "experts" in body:
+        sources["experts"] = _traits(body["experts"], f"{at}: experts", EXPERTS, "moe.experts")
+        missing = [name for name in ("hidden_size", "intermediate_size") if name not in sources["experts"]]
+        if missing:
+            raise FamiliesError(f"{at}: experts: {missing[0]} is missing: no family leaves it to a default")
     must = {f: _list(v, f"{at}: must: {f}") for f, v in _mapping(body.get("must", {}), f"{at}: must").items()}
     return Family(name, tuple(_text(t, f"{at}: model_types") for t in _list(body["model_types"], f"{at}: model_types")),
                   traits, _layers(body["layers"], f"{at}: layers"), must=must, variant_field=variant_field,
@@ -123,18 +134,18 @@ def _family(name: str, body: object, at: str) -> Family:
                   **sources)
 
 
-def _traits(body: object, at: str) -> dict[str, Source]:
+def _traits(body: object, at: str, known: Mapping = TRAITS, op: str = "moe.topk") -> dict[str, Source]:
     _mapping(body, at)
     for name in body:
-        if name not in TRAITS:
-            hint = close(name, TRAITS) or f"known: {', '.join(TRAITS)}"
-            raise FamiliesError(f"{at}: {name!r} is no trait of moe.topk; {hint}")
+        if name not in known:
+            hint = close(name, known) or f"known: {', '.join(known)}"
+            raise FamiliesError(f"{at}: {name!r} is no trait of {op}; {hint}")
     sources = {name: _source(value, f"{at}: {name}") for name, value in body.items()}
     for name, source in sources.items():
         for constant in (source.always, source.default):
             try:
                 if constant is not ABSENT:
-                    TRAITS[name].parse(constant)
+                    known[name].parse(constant)
             except TraitValueError as error:
                 raise FamiliesError(f"{at}: {error}") from None
     return sources

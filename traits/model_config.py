@@ -14,7 +14,7 @@ from typing import Mapping
 
 from . import families
 from .families import ABSENT, Family, Layers, Source
-from .trait import _shown, close
+from .trait import Trait, _shown, close
 
 _MODELS = Path(__file__).with_name("models")
 
@@ -30,6 +30,17 @@ class ModelConfig:
     name: str
     source: str
     data: Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A model's experts: `traits` of moe.experts, canonical, on one machine that has all of them, `shared_experts` as
+    of its routing, in how many layers, and notes."""
+
+    traits: Mapping[str, object]
+    moe_layers: int
+    shared_experts: int
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -134,6 +145,23 @@ def routing(config: "ModelConfig | str | Path | Mapping[str, object]") -> Routin
     return Routing(traits, {"routed_scaling_factor": factor}, moe_layers, shared, tuple(notes))
 
 
+def experts(config: "ModelConfig | str | Path | Mapping[str, object]") -> Experts | None:
+    """The experts of the model of `config`; None where they are no layer that moe.experts computes. Raises
+    ConfigError."""
+    config = config if isinstance(config, ModelConfig) else load_config(config)
+    reader = _Reader(config)
+    sources = reader.family().experts
+    if sources is None:
+        return None
+    routed = routing(config)
+    formats, notes = reader.quantisation()
+    traits = {name: routed.traits[name] for name in families.ROUTED}
+    for name, trait in families.EXPERTS.items():
+        traits[name] = reader.trait(name, sources[name], trait) if name in sources else \
+            formats.get(name, trait.default)
+    return Experts(traits, routed.moe_layers, routed.shared_experts, notes)
+
+
 class _Reader:
     """One config's text model, and errors that name its fields."""
 
@@ -201,8 +229,27 @@ class _Reader:
             return source.default
         return self.required(source.fields[0], expected)
 
-    def trait(self, name: str, source: Source):
-        trait = families.TRAITS[name]
+    def quantisation(self) -> tuple[dict[str, object], tuple[str, ...]]:
+        """The traits that say how the weights are stored, of `quantization_config`, and notes."""
+        field = "quantization_config"
+        given = self.data.get(field)
+        if given is None:
+            return {}, ()
+        if not isinstance(given, Mapping):
+            raise self.error(field, f"expected an object, got {_shown(given)}")
+        method, block = given.get("quant_method"), given.get("weight_block_size")
+        if method != "fp8":
+            return {}, (f"weights are published as {method}, which is not read here: the traits are those of weights "
+                        "that are not quantised",)
+        if block is None:
+            act = "fp8_tensor" if given.get("activation_scheme") == "static" else "fp8_token"
+            return {"weight_quant": "fp8_tensor", "act_quant": act}, ()
+        if not (isinstance(block, list) and len(block) == 2 and block[0] == block[1] and type(block[0]) is int):
+            raise self.error(field, f"weight_block_size: expected two equal whole numbers, got {_shown(block)}")
+        return {"weight_quant": "fp8_block", "act_quant": "fp8_block", "group_size": block[0]}, ()
+
+    def trait(self, name: str, source: Source, trait: Trait | None = None):
+        trait = trait or families.TRAITS[name]
         return trait.parse(self.value(source, trait.parse, trait.expected))
 
     def whole(self, source: Source, minimum: int = 0) -> int:

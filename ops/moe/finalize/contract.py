@@ -25,7 +25,7 @@ kernel runs, and the result is expert_output itself. docs/moe_finalize.md has th
 
 from __future__ import annotations
 
-from kernel_registry.contract import Contract
+from kernel_registry.contract import Contract, Workload
 from kernel_registry.traits import finalize
 
 
@@ -71,3 +71,16 @@ class Finalize(Contract):
         """The output of the torch op without data: shape, dtype and device only."""
         return expert_output.new_empty((expert_output.shape[0], expert_output.shape[-1]),
                                        dtype=out_dtype or expert_output.dtype)
+
+    @staticmethod
+    def workloads(config) -> list[Workload]:
+        """What is left to do after the experts of a model, which weight and sum themselves: its shared experts' output
+        is added. Nothing where there are none."""
+        from kernel_registry.traits.model_config import experts
+
+        found = experts(config)
+        if found is None or not found.shared_experts:
+            return []
+        traits = {name: found.traits[name] for name in ("num_experts", "topk", "hidden_size", "dtype")}
+        traits.update(out_dtype=traits["dtype"], reduced=True, weights_applied=True, has_shared=True)
+        return [Workload("shared output", traits, {"routed_scaling_factor": 1.0}, found.moe_layers)]
