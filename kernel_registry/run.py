@@ -1,12 +1,14 @@
-"""A model's own calls, dispatched and executed on this machine, each checked against its op's oracle."""
+"""A model's own calls, dispatched and executed on this machine, each checked against its op's oracle; and its whole
+layer, of which each op is checked on what the op before it gave."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Callable, Iterator, Mapping, Sequence
 
-from .errors import RegistryError
+from .errors import RegistryError, TraitError
 from .harness import call_traits, device_of, harness, told
+from .layer import EXPERTS, FINALIZE, TOPK, LayerTraits, moe_layer, read_layer
 from .planning import read_config
 from .registry import Registry
 
@@ -39,10 +41,11 @@ class RunRow:
 
 def run_model(registry: Registry, config: "str | Mapping | ModelConfig", *, tokens: Sequence[int] = (), seed: int = 0,
               progress: Callable[[RunRow], None] | None = None) -> list[RunRow]:
-    """Runs every op that the model uses, on random inputs of each of the `tokens` counts. By default those are 1, 16
-    and 256 (1 and 16 in the interpreter), and the first of each range in which another kernel is chosen; one that would
-    take long here is a row that was not run. On a CPU an op may have its sizes reduced; the row says so. A kernel that
-    raises is a failed row; a config that can't be read raises ConfigError."""
+    """Runs every op that the model uses, then its whole layer where these ops make one up, on random inputs of each of
+    the `tokens` counts. By default those are 1, 16 and 256 (1 and 16 in the interpreter), and for an op the first of
+    each range in which another kernel is chosen; one that would take long here is a row that was not run. On a CPU an
+    op may have its sizes reduced; the row says so. A kernel that raises is a failed row; a config that can't be read
+    raises ConfigError."""
     config = read_config(config)
     here = registry.platform()
     rows = []
@@ -63,7 +66,73 @@ def run_model(registry: Registry, config: "str | Mapping | ModelConfig", *, toke
                 rows.append(row)
                 if progress:
                     progress(row)
+    for row in _layers(registry, config, tokens, seed):
+        rows.append(row)
+        if progress:
+            progress(row)
     return rows
+
+
+LAYER = "layer"  # the op of a row that is a whole layer
+
+
+def _layers(registry: Registry, config, tokens: Sequence[int], seed: int) -> Iterator[RunRow]:
+    """A row for each number of tokens."""
+    if not {TOPK, EXPERTS, FINALIZE} <= {*registry.catalog.ops}:
+        return
+    try:
+        traits = read_layer(config, registry)
+    except TraitError:  # the model's layers are others
+        return
+    shared = bool(registry.catalog.op(FINALIZE).contract.workloads(config))
+    here = registry.platform()
+    for count in tokens or (_TOKENS_INTERPRETED if here.kind == "interpreter" else TOKENS):
+        try:
+            layer, call, reduced = _layer(registry, traits, shared, count, seed, device_of(here))
+            names = [registry.explain(op, **call_traits(registry.catalog.op(op), asked, count)).winner
+                     for op, asked in layer.requests.items() if shared or op != FINALIZE]
+            row = RunRow(LAYER, config.name, count, " + ".join(names), "", None, count, 0, "passed", "", reduced)
+            yield replace(row, **_judged(registry, layer, call))
+        except Exception as error:  # told in the table
+            yield RunRow(LAYER, config.name, count, None, "", None, 0, 0, "failed", told(error))
+
+
+def _layer(registry: Registry, traits: LayerTraits, shared: bool, tokens: int, seed: int, device: str):
+    """(a layer of these traits, one call of it, the traits that were reduced). What comes out is to be written into a
+    buffer that is full of NaN. The shared expert is a stand-in.
+
+    Where the experts are fewer than the router's, a map takes several of its ids to each of them."""
+    import torch
+
+    routing, experts = harness(registry.catalog.op(TOPK)), harness(registry.catalog.op(EXPERTS))
+    sizes = experts.affordable(traits.experts, device)
+    reduced = {name: value for name, value in sizes.items() if traits.experts[name] != value}
+    how = dict(seed=seed, device=device)
+    (logits, bias), _ = routing.inputs(traits.routing, tokens, flavour=routing.flavours[0], **how)
+    (hidden, w13, w2, *_), tensors = experts.inputs(sizes, tokens, flavour=experts.flavours[0], **how)
+    if sizes["num_experts"] != traits.routing["num_experts"]:
+        tensors["expert_map"] = torch.arange(traits.routing["num_experts"], device=device) % sizes["num_experts"]
+    layer = moe_layer(replace(traits, experts=sizes), w13, w2, correction_bias=bias, registry=registry,
+                      shared_expert=(lambda x: x * 0.5) if shared else None,
+                      shared_stream=torch.cuda.Stream() if shared and device == "cuda" else None, **tensors)
+    return layer, ((hidden, logits), {"out": torch.full_like(hidden, float("nan"))}), reduced
+
+
+def _judged(registry: Registry, layer, call) -> dict[str, object]:
+    """The fields of a row that say whether every op of one call was right."""
+    steps = []
+    args, kwargs = call
+    result = layer(*args, **kwargs, observe=lambda *step: steps.append(step))
+    if result is not kwargs["out"] or result is not steps[-1][3]:
+        return dict(verdict="failed", detail="the result is not in `out`")
+    undecided = 0
+    for op, args, kwargs, outputs in steps:
+        traits = {**layer.kernels[op].traits, **({"output_alias": True} if kwargs.get("out") is not None else {})}
+        verdict = harness(registry.catalog.op(op)).check(traits, args, kwargs, outputs)
+        undecided = max(undecided, verdict.undecided)
+        if not verdict.passed:
+            return dict(verdict="failed", undecided=undecided, detail=f"{op}: {verdict.detail}")
+    return dict(verdict="passed", undecided=undecided)
 
 
 def _default_tokens(registry: Registry, op, traits: Mapping[str, object]) -> list[int]:
