@@ -356,3 +356,20 @@ def test_torchs_own_checks_of_the_op():
     utils = ("test_schema", "test_faketensor")
     torch.library.opcheck(MUTATING.default, (out, *args, 8, shared, 2.5), test_utils=utils)
     torch.library.opcheck(FUNCTIONAL.default, (torch.randn(4, 8), None, None, 8), test_utils=utils)
+
+
+def test_experts_write_into_an_output_under_torch_compile():
+    from kernel_registry.ops.moe.experts import cases as experts
+
+    torch._dynamo.reset()
+    sizes = dict(num_experts=4, topk=2, hidden_size=16, intermediate_size=8, dtype="bfloat16")
+    (hidden, *rest), _ = experts.inputs(sizes, 5)
+
+    def layer(hidden, buffer, *rest):
+        torch.ops.kernel_registry.moe_experts_out(buffer[:, 4:], hidden * 1.0, *rest)
+        return buffer * 2
+
+    buffer = torch.zeros(5, 20, dtype=torch.bfloat16)
+    twice = torch.compile(layer, backend="aot_eager", fullgraph=True)(hidden, buffer, *rest)
+    assert torch.equal(buffer[:, 4:], torch.ops.kernel_registry.moe_experts(hidden, *rest))
+    assert torch.equal(twice, buffer * 2) and not buffer[:, :4].any()

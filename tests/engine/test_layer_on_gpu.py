@@ -1,0 +1,95 @@
+"""What only a GPU can show of a layer: how much it launches, the shared expert beside it, graph capture."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from kernel_registry import moe_layer, registry  # noqa: E402
+from kernel_registry.layer import EXPERTS, FINALIZE, TOPK, LayerTraits  # noqa: E402
+from kernel_registry.ops.moe.experts import cases  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+SIZES = dict(num_experts=64, topk=6, hidden_size=512, intermediate_size=256, dtype="bfloat16")
+TRAITS = LayerTraits("small", dict(num_experts=64, topk=6), SIZES, 2.5)
+
+
+def made(tokens, **more):
+    (hidden, w13, w2, *_), tensors = cases.inputs(SIZES, tokens, device="cuda")
+    logits = torch.randn(tokens, 64, generator=torch.Generator().manual_seed(0)).cuda()
+    bias = torch.linspace(-0.1, 0.1, 64).cuda()
+    return moe_layer(TRAITS, w13, w2, correction_bias=bias, **tensors, **more), hidden, logits
+
+
+def launches(call) -> list[str]:
+    """Names of the kernels and copies that a call runs on the device, when it has run before."""
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        call()
+        torch.cuda.synchronize()
+    return [event.name for event in seen.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+
+
+@pytest.mark.parametrize("tokens", [1, 128])
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_layer_launches_what_its_ops_launch_and_no_copy_more(tokens, shared):
+    """With `out`, one launch for the routing, the experts' own, one for moe.finalize where there is a shared output."""
+    layer, hidden, logits = made(tokens)
+    brought = dict(shared_output=hidden * 0.5) if shared else {}
+    out, steps = torch.empty_like(hidden), []
+    layer(hidden, logits, out=out, **brought, observe=lambda *step: steps.append(step))
+    alone = {op: launches(lambda: (layer._into if kwargs.get("out") is out and op == EXPERTS else layer.kernels[op])(
+        *args, **kwargs)) for op, args, kwargs, _ in steps}
+    found = launches(lambda: layer(hidden, logits, out=out, **brought))
+    print(f"{tokens} tokens: {len(found)} launches: {found}")
+    assert len(alone[TOPK]) == 1 and len(alone.get(FINALIZE, [0])) == 1
+    assert len(found) == sum(map(len, alone.values()))
+    assert "copy" not in found[-1].lower() and (found[-1] == "finalize_kernel") == shared
+    fresh = launches(lambda: layer(hidden, logits, **brought))
+    assert len(fresh) == len(found), "with `out` it launches no more than without"
+
+
+def test_the_shared_expert_on_another_stream():
+    """It reads hidden_states while the experts run and `out`, full of NaN, is its neighbour, or is hidden_states: the
+    same bits as on one stream, again and again."""
+    stream = torch.cuda.Stream()
+
+    def slow(x):
+        for _ in range(20):  # long enough to be under way when the experts end
+            x = torch.tanh(x.float() * 1.001).to(x.dtype)
+        return x
+
+    layer, hidden, logits = made(256, shared_expert=slow, shared_stream=stream)
+    alone, *_ = made(256, shared_expert=slow)
+    expected = alone(hidden, logits)
+    buffer = torch.empty(2, *hidden.shape, dtype=hidden.dtype, device="cuda")
+    for repeat in range(50):
+        buffer[0] = hidden
+        buffer[1] = float("nan")
+        assert torch.equal(layer(buffer[0], logits, out=buffer[1]), expected), repeat
+        assert torch.equal(buffer[0], hidden)
+        assert torch.equal(layer(buffer[0], logits, out=buffer[0]), expected), repeat
+
+
+@pytest.mark.parametrize("shared", [None, "stream"])
+def test_a_captured_layer_replays(shared):
+    if registry.catalog.op(EXPERTS).implementation(made(1)[0].kernels[EXPERTS].name.split("|")[0]).fallback:
+        pytest.skip("the reference of moe.experts can't be captured")
+    more = dict(shared_expert=torch.tanh, shared_stream=torch.cuda.Stream()) if shared else {}
+    layer, hidden, logits = made(16, **more)
+    out = torch.empty_like(hidden)
+    layer(hidden, logits, out=out)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layer(hidden, logits, out=out)
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        hidden.copy_(torch.randn(hidden.shape, generator=generator))
+        logits.copy_(torch.randn(logits.shape, generator=generator))
+        expected = layer(hidden, logits).clone()
+        out.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(out, expected)
