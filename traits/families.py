@@ -1,7 +1,7 @@
 """Reads families.yaml: which config field, or constant, gives each trait of a model family. Data in, dataclasses out.
 
-The file is checked whole when it is read: an unknown key, a trait that moe.topk does not have, a constant that the
-trait refuses, a model_type claimed twice, and a key written twice are errors that name the place.
+The file is checked whole when it is read: an unknown key, a trait that the op does not have, a constant that the trait
+refuses, a model_type claimed twice, and a key written twice are errors that name the place.
 """
 
 from __future__ import annotations
@@ -11,11 +11,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Mapping
 
+from .experts import (ACTIVATION, APPLY_ROUTER_WEIGHT_ON_INPUT, DTYPE, HAS_BIAS, HIDDEN_SIZE, INTERMEDIATE_SIZE)
 from .moe import TOPK_TRAITS
 from .trait import TraitValueError, close
 
 TRAITS = {trait.name: trait for trait in TOPK_TRAITS if trait.type != "platform" and not trait.dynamic}
 NEEDED = ("num_experts", "topk", "scoring", "has_bias", "renormalize")  # no family leaves these to a neutral value
+EXPERTS_TRAITS = {trait.name: trait for trait in (HIDDEN_SIZE, INTERMEDIATE_SIZE, DTYPE, ACTIVATION, HAS_BIAS,
+                                                  APPLY_ROUTER_WEIGHT_ON_INPUT)}
+EXPERTS_NEEDED = ("hidden_size", "intermediate_size", "dtype", "activation")
 ABSENT = object()
 
 
@@ -53,8 +57,18 @@ class Layers:
 
 
 @dataclass(frozen=True, slots=True)
+class Experts:
+    """The sources of a family's traits of moe.experts, those that routing does not give. `must` (field -> values): with
+    another value in a field, the experts are not what the traits describe."""
+
+    traits: Mapping[str, Source]
+    must: Mapping[str, tuple] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
-    """One family: the sources of its traits, of the call's arguments and of the number of shared experts."""
+    """One family: the sources of its traits, of the call's arguments and of the number of shared experts. `experts` is
+    a text where moe.experts has no traits that describe them: why."""
 
     name: str
     model_types: tuple[str, ...]
@@ -66,6 +80,7 @@ class Family:
     variant_field: str = ""
     variants: Mapping[str, Mapping[str, Source]] = field(default_factory=dict)  # its value -> further traits
     notes: tuple[str, ...] = ()
+    experts: Experts | str = "nothing is known about them"
 
 
 @lru_cache(maxsize=1)
@@ -100,7 +115,7 @@ def parse(text: str, where: str = "families") -> dict[str, Family]:
 
 def _family(name: str, body: object, at: str) -> Family:
     _keys(body, at, needed=("model_types", "traits", "layers"),
-          optional=("routed_scaling_factor", "shared_experts", "must", "variants", "notes"))
+          optional=("routed_scaling_factor", "shared_experts", "must", "variants", "notes", "experts"))
     traits = _traits(body["traits"], f"{at}: traits")
     variant_field, variants = "", {}
     if "variants" in body:
@@ -116,25 +131,42 @@ def _family(name: str, body: object, at: str) -> Family:
             raise FamiliesError(f"{at}: traits: {missing[0]} is missing: no family leaves it to a default")
     sources = {key: _source(body[key], f"{at}: {key}") for key in ("routed_scaling_factor", "shared_experts")
                if key in body}
-    must = {f: _list(v, f"{at}: must: {f}") for f, v in _mapping(body.get("must", {}), f"{at}: must").items()}
+    if "experts" in body:
+        sources["experts"] = _experts(body["experts"], f"{at}: experts")
+    must = _must(body, at)
     return Family(name, tuple(_text(t, f"{at}: model_types") for t in _list(body["model_types"], f"{at}: model_types")),
                   traits, _layers(body["layers"], f"{at}: layers"), must=must, variant_field=variant_field,
                   variants=variants, notes=tuple(_text(n, f"{at}: notes") for n in _list(body.get("notes", []), at)),
                   **sources)
 
 
-def _traits(body: object, at: str) -> dict[str, Source]:
+def _experts(body: object, at: str) -> Experts | str:
+    if isinstance(body, str):
+        return _text(body, at)
+    _keys(body, at, needed=("traits",), optional=("must",))
+    traits = _traits(body["traits"], f"{at}: traits", EXPERTS_TRAITS, "moe.experts")
+    missing = [name for name in EXPERTS_NEEDED if name not in traits]
+    if missing:
+        raise FamiliesError(f"{at}: traits: {missing[0]} is missing: no family leaves it to a default")
+    return Experts(traits, _must(body, at))
+
+
+def _must(body: Mapping, at: str) -> dict[str, tuple]:
+    return {f: _list(v, f"{at}: must: {f}") for f, v in _mapping(body.get("must", {}), f"{at}: must").items()}
+
+
+def _traits(body: object, at: str, known: Mapping = TRAITS, op: str = "moe.topk") -> dict[str, Source]:
     _mapping(body, at)
     for name in body:
-        if name not in TRAITS:
-            hint = close(name, TRAITS) or f"known: {', '.join(TRAITS)}"
-            raise FamiliesError(f"{at}: {name!r} is no trait of moe.topk; {hint}")
+        if name not in known:
+            hint = close(name, known) or f"known: {', '.join(known)}"
+            raise FamiliesError(f"{at}: {name!r} is no trait of {op}; {hint}")
     sources = {name: _source(value, f"{at}: {name}") for name, value in body.items()}
     for name, source in sources.items():
         for constant in (source.always, source.default):
             try:
                 if constant is not ABSENT:
-                    TRAITS[name].parse(constant)
+                    known[name].parse(constant)
             except TraitValueError as error:
                 raise FamiliesError(f"{at}: {error}") from None
     return sources

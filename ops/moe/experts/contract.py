@@ -39,7 +39,7 @@ formats are those of published checkpoints; docs/moe_experts.md gives the reason
 
 from __future__ import annotations
 
-from kernel_registry.contract import Contract
+from kernel_registry.contract import Contract, Workload
 from kernel_registry.traits import experts
 
 
@@ -93,3 +93,11 @@ class Experts(Contract):
     def fake(hidden_states, *_, **__):
         """The torch op's output without data: always a fresh tensor, never an input under another name."""
         return hidden_states.new_empty(hidden_states.shape)
+
+    @staticmethod
+    def workloads(config) -> list[Workload]:
+        """The routed experts of every MoE layer of a model, whole, read off its Hugging Face config."""
+        from kernel_registry.traits.model_config import experts as experts_of
+
+        found = experts_of(config)
+        return [] if found is None else [Workload("experts", found.traits, {}, found.moe_layers, found.notes)]
