@@ -45,20 +45,21 @@ class Harness:
               device: str, arguments: Mapping[str, object] | None = None):
         """Runs one call on fresh inputs; (verdict, call). `arguments` replace keyword arguments of the inputs."""
         call = self.call(kernel, traits, tokens, seed, flavour, device, arguments)
-        with _quiet():
+        with quiet():
             return self.check(dict(traits), *call), call
 
     def call(self, kernel: Callable, traits: Mapping[str, object], tokens: int, seed: int, flavour: str, device: str,
              arguments: Mapping[str, object] | None = None) -> tuple:
         """One call on fresh inputs, as (args, kwargs, outputs)."""
-        with _quiet():
+        with quiet():
             args, kwargs = self.inputs(dict(traits), tokens, seed=seed, device=device, flavour=flavour)
             kwargs = {**kwargs, **(arguments or {})}
             return args, kwargs, kernel(*args, **kwargs)
 
 
 @contextmanager
-def _quiet():
+def quiet():
+    """Without what an array library warns of when it meets infinities."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, about infinities put there on purpose
         yield

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Callable, Iterator, Mapping, Sequence
 
 from .errors import RegistryError, TraitError
-from .harness import call_traits, device_of, harness, told
+from .harness import call_traits, device_of, harness, quiet, told
 from .layer import EXPERTS, FINALIZE, TOPK, LayerTraits, moe_layer, read_layer
 from .planning import read_config
 from .registry import Registry
@@ -122,13 +122,15 @@ def _judged(registry: Registry, layer, call) -> dict[str, object]:
     """The fields of a row that say whether every op of one call was right."""
     steps = []
     args, kwargs = call
-    result = layer(*args, **kwargs, observe=lambda *step: steps.append(step))
+    with quiet():
+        result = layer(*args, **kwargs, observe=lambda *step: steps.append(step))
     if result is not kwargs["out"] or result is not steps[-1][3]:
         return dict(verdict="failed", detail="the result is not in `out`")
     undecided = 0
     for op, args, kwargs, outputs in steps:
         traits = {**layer.kernels[op].traits, **({"output_alias": True} if kwargs.get("out") is not None else {})}
-        verdict = harness(registry.catalog.op(op)).check(traits, args, kwargs, outputs)
+        with quiet():
+            verdict = harness(registry.catalog.op(op)).check(traits, args, kwargs, outputs)
         undecided = max(undecided, verdict.undecided)
         if not verdict.passed:
             return dict(verdict="failed", undecided=undecided, detail=f"{op}: {verdict.detail}")

@@ -11,15 +11,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Mapping
 
-from .experts import EXPERTS_TRAITS
+from .experts import (ACTIVATION, APPLY_ROUTER_WEIGHT_ON_INPUT, DTYPE, HAS_BIAS, HIDDEN_SIZE, INTERMEDIATE_SIZE)
 from .moe import TOPK_TRAITS
 from .trait import TraitValueError, close
 
 TRAITS = {trait.name: trait for trait in TOPK_TRAITS if trait.type != "platform" and not trait.dynamic}
-ROUTED = ("num_experts", "topk")  # traits of the experts that are the router's
-EXPERTS = {trait.name: trait for trait in EXPERTS_TRAITS
-           if trait.type != "platform" and not trait.dynamic and trait.name not in ROUTED}
 NEEDED = ("num_experts", "topk", "scoring", "has_bias", "renormalize")  # no family leaves these to a neutral value
+EXPERTS_TRAITS = {trait.name: trait for trait in (HIDDEN_SIZE, INTERMEDIATE_SIZE, DTYPE, ACTIVATION, HAS_BIAS,
+                                                  APPLY_ROUTER_WEIGHT_ON_INPUT)}
+EXPERTS_NEEDED = ("hidden_size", "intermediate_size", "dtype", "activation")
 ABSENT = object()
 
 
@@ -57,9 +57,18 @@ class Layers:
 
 
 @dataclass(frozen=True, slots=True)
+class Experts:
+    """The sources of a family's traits of moe.experts, those that routing does not give. `must` (field -> values): with
+    another value in a field, the experts are not what the traits describe."""
+
+    traits: Mapping[str, Source]
+    must: Mapping[str, tuple] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
-    """One family: the sources of its router's traits, of the call's arguments, of the number of shared experts, and of
-    its experts' traits, None where they are no layer that moe.experts computes."""
+    """One family: the sources of its traits, of the call's arguments and of the number of shared experts. `experts` is
+    a text where moe.experts has no traits that describe them: why."""
 
     name: str
     model_types: tuple[str, ...]
@@ -67,11 +76,11 @@ class Family:
     layers: Layers
     routed_scaling_factor: Source = Source(always=1.0)
     shared_experts: Source = Source(always=0)
-    experts: Mapping[str, Source] | None = None
     must: Mapping[str, tuple] = field(default_factory=dict)  # field -> values it may have, when the config has it
     variant_field: str = ""
     variants: Mapping[str, Mapping[str, Source]] = field(default_factory=dict)  # its value -> further traits
     notes: tuple[str, ...] = ()
+    experts: Experts | str = "nothing is known about them"
 
 
 @lru_cache(maxsize=1)
@@ -106,7 +115,7 @@ def parse(text: str, where: str = "families") -> dict[str, Family]:
 
 def _family(name: str, body: object, at: str) -> Family:
     _keys(body, at, needed=("model_types", "traits", "layers"),
-          optional=("routed_scaling_factor", "shared_experts", "experts", "must", "variants", "notes"))
+          optional=("routed_scaling_factor", "shared_experts", "must", "variants", "notes", "experts"))
     traits = _traits(body["traits"], f"{at}: traits")
     variant_field, variants = "", {}
     if "variants" in body:
@@ -123,15 +132,27 @@ def _family(name: str, body: object, at: str) -> Family:
     sources = {key: _source(body[key], f"{at}: {key}") for key in ("routed_scaling_factor", "shared_experts")
                if key in body}
     if "experts" in body:
-        sources["experts"] = _traits(body["experts"], f"{at}: experts", EXPERTS, "moe.experts")
-        missing = [name for name in ("hidden_size", "intermediate_size") if name not in sources["experts"]]
-        if missing:
-            raise FamiliesError(f"{at}: experts: {missing[0]} is missing: no family leaves it to a default")
-    must = {f: _list(v, f"{at}: must: {f}") for f, v in _mapping(body.get("must", {}), f"{at}: must").items()}
+        sources["experts"] = _experts(body["experts"], f"{at}: experts")
+    must = _must(body, at)
     return Family(name, tuple(_text(t, f"{at}: model_types") for t in _list(body["model_types"], f"{at}: model_types")),
                   traits, _layers(body["layers"], f"{at}: layers"), must=must, variant_field=variant_field,
                   variants=variants, notes=tuple(_text(n, f"{at}: notes") for n in _list(body.get("notes", []), at)),
                   **sources)
+
+
+def _experts(body: object, at: str) -> Experts | str:
+    if isinstance(body, str):
+        return _text(body, at)
+    _keys(body, at, needed=("traits",), optional=("must",))
+    traits = _traits(body["traits"], f"{at}: traits", EXPERTS_TRAITS, "moe.experts")
+    missing = [name for name in EXPERTS_NEEDED if name not in traits]
+    if missing:
+        raise FamiliesError(f"{at}: traits: {missing[0]} is missing: no family leaves it to a default")
+    return Experts(traits, _must(body, at))
+
+
+def _must(body: Mapping, at: str) -> dict[str, tuple]:
+    return {f: _list(v, f"{at}: must: {f}") for f, v in _mapping(body.get("must", {}), f"{at}: must").items()}
 
 
 def _traits(body: object, at: str, known: Mapping = TRAITS, op: str = "moe.topk") -> dict[str, Source]:

@@ -1,4 +1,5 @@
-"""A model's published config.json, read into the traits of its routing. What each field means is data: families.yaml.
+"""A model's published config.json, read into the traits of its routing and of its experts. What each field means is
+data: families.yaml.
 
 Nothing is guessed: a missing or contradictory field is a ConfigError that names the file, the field and what was
 expected. Extra prediction (MTP) layers are not counted; they are no layers of the model's own forward pass.
@@ -13,8 +14,9 @@ from pathlib import Path
 from typing import Mapping
 
 from . import families
+from .experts import ACTIVATION, EXPERTS_TRAITS
 from .families import ABSENT, Family, Layers, Source
-from .trait import Trait, _shown, close
+from .trait import _shown, close
 
 _MODELS = Path(__file__).with_name("models")
 
@@ -33,17 +35,6 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class Experts:
-    """A model's experts: `traits` of moe.experts, canonical, on one machine that has all of them, `shared_experts` as
-    of its routing, in how many layers, and notes."""
-
-    traits: Mapping[str, object]
-    moe_layers: int
-    shared_experts: int
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class Routing:
     """How a model routes.
 
@@ -58,6 +49,20 @@ class Routing:
     arguments: Mapping[str, object]
     moe_layers: int
     shared_experts: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ExpertLayers:
+    """What a model's routed experts are.
+
+    traits       canonical traits of moe.experts, all but the platform and the dynamic ones: whole layers, one machine
+    moe_layers   how many layers have them
+    notes        what the traits can't say
+    """
+
+    traits: Mapping[str, object]
+    moe_layers: int
     notes: tuple[str, ...] = ()
 
 
@@ -126,15 +131,7 @@ def routing(config: "ModelConfig | str | Path | Mapping[str, object]") -> Routin
     config = config if isinstance(config, ModelConfig) else load_config(config)
     reader = _Reader(config)
     family = reader.family()
-    for field, allowed in family.must.items():
-        value = reader.data.get(field)
-        if value is not None and value not in allowed:
-            raise reader.error(field, f"{_shown(value)} contradicts model_type {reader.data['model_type']!r}, "
-                                      f"which has {' or '.join(map(repr, allowed))}")
-    sources = {**family.traits, **reader.variant(family)}
-    traits = {name: reader.trait(name, sources[name]) if name in sources else trait.default
-              for name, trait in families.TRAITS.items()}
-    reader.check_shape(traits, sources)
+    traits = reader.routing_traits(family)
     factor = reader.number(family.routed_scaling_factor)
     shared = reader.whole(family.shared_experts)
     moe_layers = reader.routed_layers(family.layers)
@@ -142,24 +139,28 @@ def routing(config: "ModelConfig | str | Path | Mapping[str, object]") -> Routin
     if shared:
         notes.append(f"{shared} shared expert{'s' if shared > 1 else ''} beside the routed ones: run outside the "
                      "router, or fused into it by adding num_fused_shared_experts to topk")
+    why_not = reader.not_described(family)
+    if why_not:
+        notes.append(f"no moe.experts: {why_not}")
     return Routing(traits, {"routed_scaling_factor": factor}, moe_layers, shared, tuple(notes))
 
 
-def experts(config: "ModelConfig | str | Path | Mapping[str, object]") -> Experts | None:
-    """The experts of the model of `config`; None where they are no layer that moe.experts computes. Raises
-    ConfigError."""
+def experts(config: "ModelConfig | str | Path | Mapping[str, object]") -> ExpertLayers | None:
+    """The routed experts of the model of `config` (or of what `load_config` takes); None where moe.experts has no
+    traits that describe them, which a note of its `routing` tells. Raises ConfigError."""
     config = config if isinstance(config, ModelConfig) else load_config(config)
     reader = _Reader(config)
-    sources = reader.family().experts
-    if sources is None:
+    family = reader.family()
+    if reader.not_described(family):
         return None
-    routed = routing(config)
-    formats, notes = reader.quantisation()
-    traits = {name: routed.traits[name] for name in families.ROUTED}
-    for name, trait in families.EXPERTS.items():
-        traits[name] = reader.trait(name, sources[name], trait) if name in sources else \
-            formats.get(name, trait.default)
-    return Experts(traits, routed.moe_layers, routed.shared_experts, notes)
+    routed = reader.routing_traits(family)
+    quantisation, note = reader.quantisation()
+    sources = family.experts.traits
+    neutral = {t.name: t.default for t in EXPERTS_TRAITS if t.type != "platform" and not t.dynamic}
+    traits = {**neutral,
+              **{name: reader.trait(name, source, families.EXPERTS_TRAITS) for name, source in sources.items()},
+              "num_experts": routed["num_experts"], "topk": routed["topk"], **quantisation}
+    return ExpertLayers(traits, reader.routed_layers(family.layers), (note,) if note else ())
 
 
 class _Reader:
@@ -229,27 +230,54 @@ class _Reader:
             return source.default
         return self.required(source.fields[0], expected)
 
-    def quantisation(self) -> tuple[dict[str, object], tuple[str, ...]]:
-        """The traits that say how the weights are stored, of `quantization_config`, and notes."""
-        field = "quantization_config"
-        given = self.data.get(field)
-        if given is None:
-            return {}, ()
-        if not isinstance(given, Mapping):
-            raise self.error(field, f"expected an object, got {_shown(given)}")
-        method, block = given.get("quant_method"), given.get("weight_block_size")
-        if method != "fp8":
-            return {}, (f"weights are published as {method}, which is not read here: the traits are those of weights "
-                        "that are not quantised",)
-        if block is None:
-            act = "fp8_tensor" if given.get("activation_scheme") == "static" else "fp8_token"
-            return {"weight_quant": "fp8_tensor", "act_quant": act}, ()
-        if not (isinstance(block, list) and len(block) == 2 and block[0] == block[1] and type(block[0]) is int):
-            raise self.error(field, f"weight_block_size: expected two equal whole numbers, got {_shown(block)}")
-        return {"weight_quant": "fp8_block", "act_quant": "fp8_block", "group_size": block[0]}, ()
+    def routing_traits(self, family: Family) -> dict[str, object]:
+        for field, allowed in family.must.items():
+            value = self.data.get(field)
+            if value is not None and value not in allowed:
+                raise self.error(field, f"{_shown(value)} contradicts model_type {self.data['model_type']!r}, "
+                                        f"which has {' or '.join(map(repr, allowed))}")
+        sources = {**family.traits, **self.variant(family)}
+        traits = {name: self.trait(name, sources[name]) if name in sources else trait.default
+                  for name, trait in families.TRAITS.items()}
+        self.check_shape(traits, sources)
+        return traits
 
-    def trait(self, name: str, source: Source, trait: Trait | None = None):
-        trait = trait or families.TRAITS[name]
+    def not_described(self, family: Family) -> str:
+        """Why moe.experts has no traits for the model's experts; "" where it has."""
+        if isinstance(family.experts, str):
+            return family.experts
+        for field, allowed in family.experts.must.items():
+            value = self.data.get(field)
+            if value is not None and value not in allowed:
+                return f"{self.prefix}{field} is {_shown(value)}, which has no trait"
+        for field in family.experts.traits["activation"].fields:
+            word = self.data.get(field)
+            if isinstance(word, str) and word not in ACTIVATION.choices:
+                return f"{self.prefix}{field} is {_shown(word)}, expected {ACTIVATION.expected}"
+        return ""
+
+    def quantisation(self) -> tuple[dict[str, object], str]:
+        """The traits that `quantization_config` gives, and a note where it gives none that moe.experts has."""
+        found = self.data.get("quantization_config")
+        if found is None:
+            return {}, ""
+        if not isinstance(found, Mapping):
+            raise self.error("quantization_config", f"expected an object, got {_shown(found)}")
+        method, block = found.get("quant_method"), found.get("weight_block_size")
+        kept = found.get("modules_to_not_convert") or found.get("ignored_layers") or ()
+        spared = [name for name in kept if "expert" in str(name) and "shared" not in str(name)]
+        square = isinstance(block, list) and len(block) == 2 and block[0] == block[1] and type(block[0]) is int
+        if method == "fp8" and square and block[0] > 0 and not spared \
+                and found.get("activation_scheme", "dynamic") == "dynamic":
+            rounded = found.get("scale_fmt") == "ue8m0"
+            return ({"weight_quant": "fp8_block", "act_quant": "fp8_block", "group_size": block[0]},
+                    "scale_fmt ue8m0: scales of activations are powers of two in the model's own code, float32 here"
+                    if rounded else "")
+        return {}, (f"quantization_config (quant_method {_shown(method)}) gives no format of moe.experts that is known "
+                    "here: these are the experts in the model's dtype")
+
+    def trait(self, name: str, source: Source, known: Mapping = families.TRAITS):
+        trait = known[name]
         return trait.parse(self.value(source, trait.parse, trait.expected))
 
     def whole(self, source: Source, minimum: int = 0) -> int:

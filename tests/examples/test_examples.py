@@ -43,7 +43,7 @@ def example(tmp_path):
 
 
 def test_every_script_is_tested():
-    tested = {"quickstart", "override_and_reload", "freeze_and_compare", "torch_op"}
+    tested = {"quickstart", "override_and_reload", "freeze_and_compare", "torch_op", "moe_layer"}
     assert {p.stem for p in EXAMPLES.glob("*.py")} == tested
 
 
@@ -84,3 +84,10 @@ def test_torch_op(example, grouped):
     assert example("torch_op").splitlines() == [
         f"2, 3 and 5 tokens: 1 graph, served by {grouped}",
         f"under an override: 1 graph, served so far by {grouped}, torch"]
+
+
+def test_moe_layer(example):
+    lines = example("moe_layer").splitlines()
+    assert lines[0] == "published: 256 experts, weights fp8_block" and "where the result goes" in lines
+    assert lines[-2] == "ran: moe.topk, moe.experts, moe.finalize"
+    assert lines[-1].startswith("the same result in a slice")

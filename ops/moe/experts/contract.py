@@ -100,8 +100,8 @@ class Experts(Contract):
 
     @staticmethod
     def workloads(config) -> list[Workload]:
-        """The experts of every MoE layer of a model, all on one machine, read off its Hugging Face config."""
-        from kernel_registry.traits.model_config import experts
+        """The routed experts of every MoE layer of a model, whole, read off its Hugging Face config."""
+        from kernel_registry.traits.model_config import experts as experts_of
 
-        found = experts(config)
+        found = experts_of(config)
         return [] if found is None else [Workload("experts", found.traits, {}, found.moe_layers, found.notes)]

@@ -76,10 +76,10 @@ class Finalize(Contract):
     def workloads(config) -> list[Workload]:
         """What is left to do after the experts of a model, which weight and sum themselves: its shared experts' output
         is added. Nothing where there are none."""
-        from kernel_registry.traits.model_config import experts
+        from kernel_registry.traits.model_config import experts, routing
 
         found = experts(config)
-        if found is None or not found.shared_experts:
+        if found is None or not routing(config).shared_experts:
             return []
         traits = {name: found.traits[name] for name in ("num_experts", "topk", "hidden_size", "dtype")}
         traits.update(out_dtype=traits["dtype"], reduced=True, weights_applied=True, has_shared=True)
