@@ -135,7 +135,7 @@ class Matrix:
         by_row.scatter_reduce_(0, row[:, None].expand_as(weight), weight.abs(), "amax")
         largest = weight.new_zeros(self.row_groups, self.column_groups)
         largest.scatter_reduce_(1, column.expand_as(by_row), by_row, "amax")
-        scale = (largest.clamp(min=1e-10) / self.format.largest).to(scale_dtype)
+        scale = _over(largest.clamp(min=1e-10), self.format.largest).to(scale_dtype)
         scale = scale.reshape(self.scale_shape[1:])
         number = weight / self.scale_of_weight(scale)
         if self.format.packed:
@@ -156,15 +156,20 @@ def w2_matrix(*, num_experts, hidden_size, intermediate_size, weight_quant="none
     return Matrix(WEIGHTS[weight_quant], num_experts, hidden_size, intermediate_size, group_size)
 
 
+def _over(x: torch.Tensor, number: int) -> torch.Tensor:
+    """x / number to nearest even. On a GPU torch divides by a Python number by way of its reciprocal, which is not."""
+    return x / torch.full_like(x, number)
+
+
 def quantise_activations(x: torch.Tensor, act: ActFormat, group_size: int, given: torch.Tensor | None = None):
     """(numbers, scale), both float32, of x [T, N]: the scale is [T, 1], or [T, N] where columns differ, or [1, 1]."""
     x = x.float()
     if act.group == "block":
         padded = torch.nn.functional.pad(x, (0, -x.shape[1] % group_size))
         largest = padded.abs().view(x.shape[0], padded.shape[1] // group_size, group_size).amax(-1)
-        scale = (largest.clamp(min=1e-10) / act.largest).repeat_interleave(group_size, 1)[:, :x.shape[1]]
+        scale = _over(largest.clamp(min=1e-10), act.largest).repeat_interleave(group_size, 1)[:, :x.shape[1]]
     elif act.group == "row":
-        scale = x.abs().amax(1, keepdim=True).clamp(min=1e-10) / act.largest
+        scale = _over(x.abs().amax(1, keepdim=True).clamp(min=1e-10), act.largest)
     else:
         scale = given.reshape(1, 1)
     return _stored(x / scale, act.stored, act.largest).float(), scale

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .oracle_numbers import (SPREADS, U, Value, activated, exactly, operand, plus, product, times,
+from .oracle_numbers import (HALVED_FROM, ROW_ROUNDING, SPREADS, U, Value, activated, exactly, operand, plus, product, times,
                              weights64)
 
 RMS_RATIO = 1.15
@@ -77,6 +77,7 @@ def evaluate(traits, args, kwargs) -> tuple[Tensor, Tensor, Tensor]:
     exact, rounded, variance = (torch.zeros(shape, dtype=torch.float64, device=hidden.device) for _ in range(3))
     halves = 1 if traits["activation"] == "swigluoai" else 2
     row = _rows_of_weights(traits, args[4], kwargs.get("expert_map"))
+    halved = traits["dtype"] == "bfloat16" and traits["topk"] > 1 and shape[0] >= HALVED_FROM
 
     def pick(name, expert):
         return kwargs[name][expert] if kwargs.get(name) is not None else None
@@ -93,7 +94,8 @@ def evaluate(traits, args, kwargs) -> tuple[Tensor, Tensor, Tensor]:
                 traits, operand(traits, x, kwargs.get(scale)), matrix, hidden.device.type != "cpu"))
             rounded.index_add_(0, token, y.at)
             # a sum of K numbers in float32 rounds K times
-            variance.index_add_(0, token, y.spread.square() + (U * traits["topk"] * y.at).square())
+            own = U * traits["topk"] + (ROW_ROUNDING if halved else 0.0)
+            variance.index_add_(0, token, y.spread.square() + (own * y.at).square())
     return exact, rounded, SPREADS * variance.sqrt()
 
 

@@ -17,6 +17,10 @@ from torch import Tensor
 U = 2.0**-24  # half a unit in the last place of float32, relative
 # An fp8 product sum of Hopper's tensor cores keeps some 13 bits below the largest product of a few dozen.
 FP8_TENSOR_CORES = 2.0**-15
+# With that many tokens a bfloat16 layer's rows may wait for their sum over slots in 11 bits, three more than the result
+# has: half a unit in the last of these, evenly spread. (contract.py says so)
+HALVED_FROM = 512
+ROW_ROUNDING = 2.0**-12 / math.sqrt(3)
 # A normal error of spread 1 by a few points and their weights. The last is where one in a million lies; its weight is
 # such that SPREADS times the spread of a jump from there covers the jump.
 SPREADS = 8
@@ -79,7 +83,8 @@ def _dynamic_scale(x: Value, largest: float, width: int) -> tuple[Tensor, Tensor
     scales, spreads = [], []
     for part, spread in zip(x.at.split(width, dim=1), x.spread.split(width, dim=1)):
         amax = part.abs().amax(1, keepdim=True).float().clamp(min=1e-10)
-        scales.append((amax / largest).double().expand_as(part))
+        # not `amax / largest`: on a GPU torch would multiply by the reciprocal, which is no right division
+        scales.append((amax / torch.full_like(amax, largest)).double().expand_as(part))
         spreads.append((spread.amax(1, keepdim=True) / amax.double()).expand_as(part))
     return torch.cat(scales, 1), torch.cat(spreads, 1)
 

@@ -1,0 +1,32 @@
+"""What the Triton implementations know of the machine they launch on."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+import triton
+
+from kernel_registry.errors import InputError
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+def dependent_launch(platform) -> bool:
+    """Whether a kernel may take its places while the one before it still runs, and wait there before it reads."""
+    return not INTERPRETED and platform is not None and platform.kind == "cuda" and platform.arch >= (9, 0)
+
+
+def ptx(platform) -> bool:
+    """Whether a kernel may hold NVIDIA's assembly."""
+    return not INTERPRETED and platform is not None and platform.kind == "cuda"
+
+
+def on_gpu(device: torch.device):
+    """The context to launch in. Raises InputError for tensors that are not on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.device(device)
+    if INTERPRETED:
+        return nullcontext()
+    raise InputError(f"hidden_states is on {device}, this kernel runs on a GPU",
+                     hint="move the tensors, or dispatch with platform='cpu'")

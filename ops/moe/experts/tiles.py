@@ -1,0 +1,60 @@
+"""Launch parameters of the grouped kernels: what is chosen for a shape that nobody has tuned, and what `tune` tries.
+
+A choice is {"BLOCK_M": rows of a block, "up": {...}, "down": {...}}, the keywords of grouped.py's kernels and of their
+launch. On Hopper they follow what was measured there (docs/benchmarks.md): a tile of 16 rows with the weights as the
+wide side while an expert has few rows, wide tiles fed by the tensor memory accelerator when it has many. Elsewhere they
+are small enough for any GPU that is served.
+"""
+
+from __future__ import annotations
+
+from typing import Mapping
+
+FRESH = ("fp8_block", "fp8_channel", "fp8_tensor", "int4_w4a16")  # their products are added in a second accumulator
+
+
+def tile(block_n: int, block_k: int, num_warps: int, num_stages: int, *, swap=False, merged=False, tail=0, passes=1,
+         group_m=1, descriptor=True) -> dict[str, object]:
+    return dict(BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps, num_stages=num_stages, SWAP=swap, MERGED=merged,
+                TAIL_M=tail, PASSES=passes, GROUP_M=group_m, DESCRIPTOR=descriptor)
+
+
+def default(traits: Mapping[str, object], num_tokens: int) -> dict[str, object]:
+    """What is launched for these canonical traits and that many tokens."""
+    rows = num_tokens * traits["topk"] / traits["num_experts"]  # of an expert, on average
+    platform, quant, group = traits.get("platform"), traits["weight_quant"], traits["group_size"]
+    if platform is not None and platform.kind == "interpreter":  # which takes as long over a small tile as over a large
+        step = group if quant in ("fp8_block", "int4_w4a16") else 256
+        return {"BLOCK_M": 16 if rows <= 16 else 64, "up": tile(group if quant == "fp8_block" else 128, step, 4, 1),
+                "down": tile(256, step, 4, 1)}
+    wide = quant == "fp8_block" and group < 128
+    if platform is None or platform.kind != "cuda" or platform.arch[0] != 9:
+        step = min(64, group) if quant in ("fp8_block", "int4_w4a16") else 64
+        columns = group if quant == "fp8_block" else 64
+        choice = dict(num_stages=2, descriptor=False)
+        return {"BLOCK_M": 16 if rows <= 8 else 64,
+                "up": tile(columns, step, 4 if columns <= 64 else 8, **choice),
+                "down": tile(64, step, 4, **choice)}
+    if quant == "fp8_block":
+        n = group
+        if rows <= 24:
+            return {"BLOCK_M": 16 if rows <= 8 else 32, "up": tile(n, n, 4, 3 if wide else 4, swap=True),
+                    "down": tile(128, n, 4, 2, swap=True)}
+        passes = dict(passes=1) if wide else dict(passes=2)
+        return {"BLOCK_M": 64, "up": tile(64, n, 4, 3, merged=True, group_m=4, **passes),
+                "down": tile(128, n, 4, 3, group_m=4)}
+    if quant == "int4_w4a16":
+        step = min(64, group)
+        return {"BLOCK_M": 16 if rows <= 16 else 64, "up": tile(64, step, 4, 3), "down": tile(64, step, 4, 3)}
+    if quant in FRESH or quant.startswith("int8"):
+        if rows <= 24:
+            return {"BLOCK_M": 16 if rows <= 8 else 32, "up": tile(64, 128, 4, 4), "down": tile(64, 128, 4, 4)}
+        return {"BLOCK_M": 64, "up": tile(64, 128, 4, 3, group_m=4), "down": tile(128, 128, 4, 3, group_m=4)}
+    if rows <= 24:
+        m = 16 if rows <= 8 else 32
+        return {"BLOCK_M": m, "up": tile(64, 64, 4, 5, swap=True), "down": tile(128, 64, 4, 5, swap=True)}
+    if rows <= 48:
+        return {"BLOCK_M": 64, "up": tile(64, 64, 4, 5, merged=True, group_m=4), "down": tile(128, 64, 4, 5, group_m=4)}
+    tail = 64 if rows <= 384 else 0
+    return {"BLOCK_M": 128, "up": tile(128, 64, 8, 4, merged=True, tail=tail, group_m=8 if rows > 512 else 1),
+            "down": tile(256, 64, 8, 4, tail=64, group_m=8)}

@@ -1,0 +1,144 @@
+"""moe.experts in four to six Triton launches: align (and quantise), first product, second product, sum over slots.
+
+Serves every weight format and option in bfloat16 and float16. Routes are sorted by expert, so that each expert's
+weights are read once for all of its rows. The kernels are in align.py, prepare.py and grouped.py; here is what they are
+compiled with, and the buffers between them.
+"""
+
+from __future__ import annotations
+
+from typing import Callable, Mapping
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import align, grouped, prepare, tiles as launch_parameters
+from .checks import make_checks
+from .launch import INTERPRETED, dependent_launch, on_gpu, ptx
+
+FORMATS = {"none": "none", "fp8_block": "fp8_block", "fp8_channel": "fp8", "fp8_tensor": "fp8", "int8_channel": "int8",
+           "int8_w8a16": "int8_w8a16", "int4_w4a16": "int4"}
+FEW_ROUTES = 2048  # up to here every program of the alignment reads all ids
+COLUMNS = 1024 if INTERPRETED else 256  # that a program sums; the interpreter takes as long over few as over many
+HALF_ROWS = 512  # tokens from which on rows wait for their sum in 16 bits: before, their bytes are few
+
+
+def experts(*, num_experts, topk, hidden_size, intermediate_size, dtype="bfloat16", weight_quant="none",
+            act_quant="none", group_size=128, activation="silu", has_bias=False, apply_router_weight_on_input=False,
+            expert_parallel=False, output_alias=False, platform=None,
+            tiles: Callable[[int], Mapping[str, object]] | None = None, **_):
+    """A kernel with moe.experts's signature for these traits.
+
+    tiles  launch parameters for a number of tokens, as tiles.py makes them; None: its defaults
+    """
+    traits = dict(num_experts=num_experts, topk=topk, hidden_size=hidden_size, intermediate_size=intermediate_size,
+                  dtype=dtype, weight_quant=weight_quant, act_quant=act_quant, group_size=group_size,
+                  activation=activation, has_bias=has_bias, platform=platform,
+                  apply_router_weight_on_input=apply_router_weight_on_input, expert_parallel=expert_parallel)
+    check = make_checks(**traits, output_alias=output_alias)
+    choose = tiles or (lambda num_tokens: launch_parameters.default(traits, num_tokens))
+    hidden_dtype, static = getattr(torch, dtype), act_quant.endswith("_tensor")
+    kind = act_quant.partition("_")[0]
+    stored = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}.get(kind)
+    by_row = act_quant.endswith("_token")
+    interleaved = activation == "swigluoai"
+    bins = triton.next_power_of_2(max(2, num_experts))
+    dependent = dependent_launch(platform)
+    pdl = {"launch_pdl": True} if dependent else {}
+    packed = 2 if weight_quant == "int4_w4a16" else 1
+    shared = dict(FORMAT=FORMATS[weight_quant], PER_TENSOR=weight_quant == "fp8_tensor", GROUP=group_size,
+                  STATIC=static, WEIGHT_ON_INPUT=apply_router_weight_on_input, DEPENDENT=dependent, TOPK=topk,
+                  HIDDEN=hidden_size, INTERMEDIATE=intermediate_size)
+    acts = dict(GROUP=group_size, KIND=kind, DEPENDENT=dependent)
+    may_describe = platform is not None and platform.kind in ("cuda", "interpreter")
+
+    def weights_for(tensor, tile, columns, halves):
+        """What a kernel reads `tensor` through, and whether that is a descriptor."""
+        depth, rows = columns // packed, tensor.shape[1] // halves
+        if not (tile["DESCRIPTOR"] and may_describe and depth * tensor.element_size() % 16 == 0
+                and tensor.data_ptr() % 16 == 0):
+            return tensor, False
+        within = [2 * depth if interleaved and halves == 2 else depth, 1]
+        half = depth if interleaved and halves == 2 else rows * depth
+        return TensorDescriptor(tensor, [num_experts, halves, rows, depth], [halves * rows * depth, half, *within],
+                                [1, 2 if tile["MERGED"] else 1, tile["BLOCK_N"], tile["BLOCK_K"] // packed]), True
+
+    def kernel(hidden_states, w13, w2, topk_weights, topk_ids, *, w13_scale=None, w2_scale=None, a13_scale=None,
+               a2_scale=None, w13_bias=None, w2_bias=None, expert_map=None, out=None):
+        tokens = check(hidden_states, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, a13_scale, a2_scale,
+                       w13_bias, w2_bias, expert_map, out)
+        device = hidden_states.device
+        if out is None:
+            out = torch.empty((tokens, hidden_size), dtype=hidden_dtype, device=device)
+        if tokens == 0:
+            return out
+        chosen = choose(tokens)
+        block_m, up, down = chosen["BLOCK_M"], chosen["up"], chosen["down"]
+        routes = tokens * topk
+        most = min(routes, num_experts + routes // block_m)
+        few = routes <= FEW_ROUTES
+        chunk = 16 if few else 256
+        chunks = -(-routes // chunk)
+        map_size = 0 if expert_map is None else expert_map.shape[0]
+
+        def empty(*shape, dtype=torch.int32):
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        order, blocks, num_blocks = empty(routes), empty(3, most), empty(1)
+        counts = None if few else empty(chunks, bins)
+        x, x_scale = hidden_states, a13_scale
+        if stored is not None:
+            x = empty(tokens, hidden_size, dtype=stored)
+            if not static:
+                x_scale = empty(1 if by_row else -(-hidden_size // group_size), tokens, dtype=torch.float32)
+        aligning = 1 + chunks if few else chunks
+        with on_gpu(device):
+            prepare.prepare[(aligning + (0 if stored is None else tokens),)](
+                topk_ids, expert_map, map_size, order, blocks, num_blocks, counts, hidden_states, hidden_size, x,
+                None if static else x_scale, a13_scale, tokens, routes, most, aligning, NUM_EXPERTS=num_experts,
+                BINS=bins, BLOCK_M=block_m, CHUNK=chunk, STEP=min(512, triton.next_power_of_2(routes)),
+                HIDDEN=hidden_size, BLOCK=max(group_size, triton.next_power_of_2(hidden_size)), ACT_QUANT=act_quant,
+                FEW=few, **acts, num_warps=8, **pdl)
+            if not few:
+                align.place_chunks[(chunks,)](
+                    topk_ids, expert_map, map_size, counts, order, blocks, num_blocks, routes, chunks, most,
+                    NUM_EXPERTS=num_experts, BINS=bins, BLOCK_M=block_m, CHUNK=chunk, ROWS=max(1, 16384 // bins),
+                    DEPENDENT=dependent, num_warps=8, **pdl)
+
+            width = up["BLOCK_N"] * up["PASSES"]
+            act_dtype = torch.float32 if by_row else stored or hidden_dtype
+            act, act_scale = empty(routes, intermediate_size, dtype=act_dtype), a2_scale
+            if act_quant == "fp8_block":
+                if width != group_size:
+                    raise ValueError(f"a tile of {width} columns can't be quantised in groups of {group_size}")
+                act_scale = empty(-(-intermediate_size // width), routes, dtype=torch.float32)
+            w13_read, described = weights_for(w13, up, hidden_size, 2)
+            grouped.grouped_up[(most * -(-intermediate_size // width),)](
+                x, x_scale, hidden_size, w13_read, w13_scale, w13_bias, topk_weights, order, blocks, num_blocks, act,
+                act_scale, tokens, routes, most, INTERLEAVED=interleaved, ACTIVATION=activation, BLOCK_M=block_m,
+                PTX=ptx(platform), **shared, **{**up, "DESCRIPTOR": described}, **pdl)
+            if by_row:
+                rows, act = act, empty(routes, intermediate_size, dtype=stored)
+                act_scale = empty(routes, dtype=torch.float32)
+                prepare.quantise_rows[(routes,)](
+                    rows, act, act_scale, routes, COLUMNS=intermediate_size,
+                    BLOCK=triton.next_power_of_2(intermediate_size), KIND=kind, DEPENDENT=dependent, **pdl)
+
+            # Rows wait for their sum in 32 bits; in 16 where their bytes count and the result has fewer digits still.
+            halved = topk > 1 and hidden_dtype is torch.bfloat16 and tokens >= HALF_ROWS
+            tiles_n = -(-hidden_size // down["BLOCK_N"])
+            rows = empty(routes, hidden_size, dtype=torch.float16 if halved else torch.float32)
+            row_scale = empty(routes, tiles_n, dtype=torch.float32) if halved else None
+            w2_read, described = weights_for(w2, down, intermediate_size, 1)
+            parameters = {n: v for n, v in down.items() if n not in ("MERGED", "PASSES")}
+            grouped.grouped_down[(most * tiles_n,)](
+                act, act_scale, w2_read, w2_scale, w2_bias, topk_weights, order, blocks, num_blocks, rows, row_scale,
+                routes, most, BLOCK_M=block_m, **shared, **{**parameters, "DESCRIPTOR": described}, **pdl)
+            columns = down["BLOCK_N"] if halved else COLUMNS
+            grouped.sum_slots[(tokens, -(-hidden_size // columns))](
+                rows, row_scale, topk_ids, expert_map, map_size, out, TOPK=topk, HIDDEN=hidden_size,
+                NUM_EXPERTS=num_experts, BLOCK=columns, DEPENDENT=dependent, num_warps=max(1, columns // 256), **pdl)
+        return out
+
+    return kernel
