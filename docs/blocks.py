@@ -6,7 +6,7 @@
 The first words of a fence say what is done with a block; a document's blocks share one fresh folder, in order:
 
     yaml file=NAME, python file=NAME     written to that file
-    yaml append=NAME                     added to the end of that file
+    yaml append=NAME                     added to the end of that file; with before=TEXT, above the first line with that
     python run                           executed; a `text output` block after it is what it prints
     console                              each line after `$ ` is executed, the lines below it are what it prints; a
                                          command that fails ends in `# exits N`
@@ -89,8 +89,9 @@ def run_document(path: Path) -> str:
             if "file" in options or "append" in options:
                 target = runner.folder / (options.get("file") or options["append"])
                 target.parent.mkdir(parents=True, exist_ok=True)
-                with target.open("w" if "file" in options else "a", encoding="utf-8") as file:
-                    file.write(body)
+                old = target.read_text(encoding="utf-8") if "append" in options else ""
+                here = old.rindex("\n", 0, old.index(options["before"])) + 1 if "before" in options else len(old)
+                target.write_text(old[:here] + body + old[here:], encoding="utf-8")
             elif "run" in options:
                 printed[:] = [runner.python(body)]
             elif "output" in options:

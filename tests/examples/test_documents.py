@@ -32,7 +32,7 @@ FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.M | re.S)
 
 def test_the_pages_are_there():
     assert {"README.md", "docs/concepts.md", "docs/registry.md", "docs/add_a_kernel.md", "docs/overrides.md",
-            "docs/moe_topk.md", "docs/benchmarks.md"} <= set(PAGES)
+            "docs/moe_topk.md", "docs/moe_experts.md", "docs/benchmarks.md"} <= set(PAGES)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -44,12 +44,14 @@ def test_what_a_page_shows_is_what_happens(page):
 
 def test_the_executed_pages_have_something_to_execute():
     """Against a fence that is not recognised: the page would pass with nothing run."""
-    for page in ("README.md", "docs/concepts.md", "docs/add_a_kernel.md", "docs/overrides.md", "docs/moe_topk.md"):
+    for page in ("README.md", "docs/concepts.md", "docs/add_a_kernel.md", "docs/overrides.md", "docs/moe_topk.md",
+                 "docs/moe_experts.md"):
         infos = [info.split() for info, _ in FENCE.findall(PAGES[page].read_text(encoding="utf-8"))]
         assert sum("run" in info or info[:1] == ["console"] for info in infos) >= 1, page
         for info in infos:
             assert not info or info[0] in ("console", "sh", "python", "yaml", "text"), info
-            assert {word.partition("=")[0] for word in info[1:]} <= {"run", "output", "file", "append", "figures"}, info
+            options = {word.partition("=")[0] for word in info[1:]}
+            assert options <= {"run", "output", "file", "append", "before", "figures"}, info
 
 
 def test_a_wrong_output_is_seen(tmp_path):
