@@ -95,12 +95,12 @@ def product(traits, x: Value, weight: Tensor, on_gpu: bool) -> Value:
     """x [N, columns] times weight [rows, columns], accumulated in float32.
 
     Rounding errors of a sum grow with the root of its length and with the root of the sum of squared terms. Tensor
-    cores, which cut instead of rounding, add errors that grow with the length.
+    cores, which cut instead of rounding, have errors that grow with the length.
     """
     columns = weight.shape[1]
-    accumulation = U * (math.sqrt(columns) / 2 + columns / 64)
-    if on_gpu and traits["act_quant"].startswith("fp8"):
-        accumulation += FP8_TENSOR_CORES
+    accumulation = U * math.sqrt(columns) / 2
+    if on_gpu:
+        accumulation += FP8_TENSOR_CORES if traits["act_quant"].startswith("fp8") else U * columns / 128
     squares = (accumulation * x.at).square() + x.spread.square()
     return Value(x.at @ weight.T, (squares.float() @ weight.float().square().T).sqrt().double())
 
