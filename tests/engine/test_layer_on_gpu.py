@@ -22,6 +22,11 @@ def made(tokens, **more):
     return moe_layer(TRAITS, w13, w2, correction_bias=bias, **tensors, **more), hidden, logits
 
 
+def fallback(layer) -> bool:
+    """Whether the experts are the reference's."""
+    return registry.catalog.op(EXPERTS).implementation(layer.kernels[EXPERTS].name.split("|")[0]).fallback
+
+
 def launches(call) -> list[str]:
     """Names of the kernels and copies that a call runs on the device, when it has run before."""
     call()
@@ -46,7 +51,9 @@ def test_a_layer_launches_what_its_ops_launch_and_no_copy_more(tokens, shared):
     print(f"{tokens} tokens: {len(found)} launches: {found}")
     assert len(alone[TOPK]) == 1 and len(alone.get(FINALIZE, [0])) == 1
     assert len(found) == sum(map(len, alone.values()))
-    assert "copy" not in found[-1].lower() and (found[-1] == "finalize_kernel") == shared
+    assert (found[-1] == "finalize_kernel") == shared
+    if not fallback(layer):  # whose cast at the end is a copy
+        assert not any("memcpy" in name.lower() or "copy" in name.lower() for name in found)
     fresh = launches(lambda: layer(hidden, logits, **brought))
     assert len(fresh) == len(found), "with `out` it launches no more than without"
 
@@ -75,7 +82,7 @@ def test_the_shared_expert_on_another_stream():
 
 @pytest.mark.parametrize("shared", [None, "stream"])
 def test_a_captured_layer_replays(shared):
-    if registry.catalog.op(EXPERTS).implementation(made(1)[0].kernels[EXPERTS].name.split("|")[0]).fallback:
+    if fallback(made(1)[0]):
         pytest.skip("the reference of moe.experts can't be captured")
     more = dict(shared_expert=torch.tanh, shared_stream=torch.cuda.Stream()) if shared else {}
     layer, hidden, logits = made(16, **more)

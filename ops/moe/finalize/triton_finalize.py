@@ -18,25 +18,25 @@ from .checks import make_checks, make_finished
 from .finalize_kernel import finalize_kernel
 
 INTERPRETED = triton.knobs.runtime.interpret
+WHOLE = INTERPRETED
 
 
 def finalize(*, num_experts, topk, hidden_size, dtype="bfloat16", out_dtype="bfloat16", reduced=False,
              weights_applied=False, has_shared=False, expert_parallel=False, output_alias=False, platform=None,
-             columns_per_program=None, **_):
+             columns_per_program=256, **_):
     """A kernel with moe.finalize's signature for these traits.
 
-    columns_per_program, a power of two from 32 on, changes how fast it is at which sizes, and no result. None: 256, and
-    all in the interpreter, which takes as long over a few columns as over many.
+    columns_per_program, a power of two from 32 on, changes how fast it is at which sizes, and no result. In the
+    interpreter, which takes as long over a few columns as over many, a program has all of them.
     """
     check = make_checks(topk=topk, hidden_size=hidden_size, dtype=dtype, out_dtype=out_dtype, reduced=reduced,
                         weights_applied=weights_applied, has_shared=has_shared, expert_parallel=expert_parallel,
                         output_alias=output_alias)
     finished = make_finished(dtype=dtype, out_dtype=out_dtype, reduced=reduced, has_shared=has_shared)
+    if columns_per_program < 32 or columns_per_program & (columns_per_program - 1):
+        raise ValueError(f"columns_per_program={columns_per_program} is not a power of two from 32 on")
     whole = max(32, triton.next_power_of_2(hidden_size))
-    block = columns_per_program or (whole if INTERPRETED else 256)
-    if block < 32 or block & (block - 1):
-        raise ValueError(f"columns_per_program={block} is not a power of two from 32 on")
-    block = min(block, whole)
+    block = whole if WHOLE else min(columns_per_program, whole)
     wave = 64 if platform is not None and platform.kind == "hip" and platform.arch < (10,) else 32
     constants = dict(TOPK=1 if reduced else topk, NUM_EXPERTS=num_experts, HIDDEN=hidden_size, BLOCK=block)
     options = dict(num_warps=max(1, block // (8 * wave)), num_stages=1)  # 8 columns a thread: 16 bytes of 16-bit rows
