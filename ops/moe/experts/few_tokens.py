@@ -93,7 +93,7 @@ def pair_up(hidden, row_stride, w13, w13_scale, w13_bias, topk_weights, topk_ids
 
 
 @triton.jit(do_not_specialize=["map_size"])
-def pair_down(act, w2, w2_scale, w2_bias, topk_weights, topk_ids, expert_map, map_size, out, TOPK: tl.constexpr,
+def pair_down(act, w2, w2_scale, w2_bias, topk_weights, topk_ids, expert_map, map_size, out, out_stride, TOPK: tl.constexpr,
               SLOTS: tl.constexpr, NUM_EXPERTS: tl.constexpr, HIDDEN: tl.constexpr,
               INTERMEDIATE: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr, WEIGHT_ON_INPUT: tl.constexpr,
               BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DEPENDENT: tl.constexpr):
@@ -142,4 +142,4 @@ def pair_down(act, w2, w2_scale, w2_bias, topk_weights, topk_ids, expert_map, ma
         weights = widen(tl.load(topk_weights + routes, mask=local, other=0.0))
         y *= weights[:, None]
     total = tl.sum(tl.where(local[:, None], y, 0.0), axis=0)
-    tl.store(out + token.to(tl.int64) * HIDDEN + rows, narrow(total, out.dtype.element_ty), mask=inside)
+    tl.store(out + token.to(tl.int64) * out_stride + rows, narrow(total, out.dtype.element_ty), mask=inside)

@@ -365,42 +365,62 @@ def down_tile(act, act_scale, w2, w2_scale, w2_bias, topk_weights, order, result
     tl.store(to, narrow(y, result.dtype.element_ty), mask=live[:, None] & inside[None, :])
 
 
+@triton.jit
+def down_tiles(act, act_scale, w2, w2_scale, w2_bias, topk_weights, order, result, row_scale, expert, start, height,
+               first, num_routes, TOPK: tl.constexpr, HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr,
+               FORMAT: tl.constexpr, PER_TENSOR: tl.constexpr, GROUP: tl.constexpr, STATIC: tl.constexpr,
+               WEIGHT_ON_INPUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+               SWAP: tl.constexpr, DESCRIPTOR: tl.constexpr, SPAN: tl.constexpr):
+    TILES_N: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
+    if SPAN == 1:
+        down_tile(act, act_scale, w2, w2_scale, w2_bias, topk_weights, order, result, row_scale, expert, start, height,
+                  first, num_routes, TOPK, HIDDEN, INTERMEDIATE, FORMAT, PER_TENSOR, GROUP, STATIC, WEIGHT_ON_INPUT,
+                  BLOCK_M, BLOCK_N, BLOCK_K, SWAP, DESCRIPTOR)
+    else:
+        # flattened with the loop over K: the next tile's weights are under way while this one's rows are stored
+        for tile in tl.range(first * SPAN, tl.minimum(first * SPAN + SPAN, TILES_N), flatten=True):
+            down_tile(act, act_scale, w2, w2_scale, w2_bias, topk_weights, order, result, row_scale, expert, start,
+                      height, tile, num_routes, TOPK, HIDDEN, INTERMEDIATE, FORMAT, PER_TENSOR, GROUP, STATIC,
+                      WEIGHT_ON_INPUT, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, DESCRIPTOR)
+
+
 @triton.jit(do_not_specialize=["num_routes", "most_blocks"])
 def grouped_down(act, act_scale, w2, w2_scale, w2_bias, topk_weights, order, blocks, num_blocks, result, row_scale,
                  num_routes, most_blocks, TOPK: tl.constexpr, HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr,
                  FORMAT: tl.constexpr, PER_TENSOR: tl.constexpr, GROUP: tl.constexpr, STATIC: tl.constexpr,
                  WEIGHT_ON_INPUT: tl.constexpr, BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr,
                  BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SWAP: tl.constexpr, DESCRIPTOR: tl.constexpr,
-                 DEPENDENT: tl.constexpr):
-    """result[route] = routing weight * (act[p] times w2 of p's expert + bias). Grid: most_blocks * tiles of N.
+                 SPAN: tl.constexpr, DEPENDENT: tl.constexpr):
+    """result[route] = routing weight * (act[p] times w2 of p's expert + bias). Grid: most_blocks * spans of tiles of N.
 
     result     [R, H], rounded once
     row_scale  [R, tiles] or None: powers of two that `result` is divided by, for float16, which has the digits but not
                the range
+    SPAN       tiles of N that a program takes one after the other
     """
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    TILES_N: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
+    SPANS: tl.constexpr = (HIDDEN + BLOCK_N * SPAN - 1) // (BLOCK_N * SPAN)
     count = tl.load(num_blocks)
-    if tl.program_id(0) >= count * TILES_N:
+    if tl.program_id(0) >= count * SPANS:
         return
-    block, tile = tile_of(tl.program_id(0), count, TILES_N, GROUP_M)
+    block, first = tile_of(tl.program_id(0), count, SPANS, GROUP_M)
     expert = tl.load(blocks + block)
     start = tl.load(blocks + most_blocks + block)
     height = tl.load(blocks + 2 * most_blocks + block)
     if TAIL_M > 0 and height <= TAIL_M:
-        down_tile(act, act_scale, w2, w2_scale, w2_bias, topk_weights, order, result, row_scale, expert, start, height,
-                  tile, num_routes, TOPK, HIDDEN, INTERMEDIATE, FORMAT, PER_TENSOR, GROUP, STATIC, WEIGHT_ON_INPUT,
-                  TAIL_M if TAIL_M > 0 else 16, BLOCK_N, BLOCK_K, SWAP, DESCRIPTOR)
+        down_tiles(act, act_scale, w2, w2_scale, w2_bias, topk_weights, order, result, row_scale, expert, start, height,
+                   first, num_routes, TOPK, HIDDEN, INTERMEDIATE, FORMAT, PER_TENSOR, GROUP, STATIC, WEIGHT_ON_INPUT,
+                   TAIL_M if TAIL_M > 0 else 16, BLOCK_N, BLOCK_K, SWAP, DESCRIPTOR, SPAN)
     else:
-        down_tile(act, act_scale, w2, w2_scale, w2_bias, topk_weights, order, result, row_scale, expert, start, height,
-                  tile, num_routes, TOPK, HIDDEN, INTERMEDIATE, FORMAT, PER_TENSOR, GROUP, STATIC, WEIGHT_ON_INPUT,
-                  BLOCK_M, BLOCK_N, BLOCK_K, SWAP, DESCRIPTOR)
+        down_tiles(act, act_scale, w2, w2_scale, w2_bias, topk_weights, order, result, row_scale, expert, start, height,
+                   first, num_routes, TOPK, HIDDEN, INTERMEDIATE, FORMAT, PER_TENSOR, GROUP, STATIC, WEIGHT_ON_INPUT,
+                   BLOCK_M, BLOCK_N, BLOCK_K, SWAP, DESCRIPTOR, SPAN)
 
 
 @triton.jit(do_not_specialize=["map_size"])
-def sum_slots(rows, row_scale, topk_ids, expert_map, map_size, out, TOPK: tl.constexpr, HIDDEN: tl.constexpr,
+def sum_slots(rows, row_scale, topk_ids, expert_map, map_size, out, out_stride, TOPK: tl.constexpr, HIDDEN: tl.constexpr,
               NUM_EXPERTS: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
     """out[t] = sum over slots, in slot order, of rows[t * K + slot]; slots without a local expert are not read.
     Grid: (T, tiles of BLOCK columns); row_scale has one scale for each of these tiles, or is None."""
@@ -426,4 +446,4 @@ def sum_slots(rows, row_scale, topk_ids, expert_map, map_size, out, TOPK: tl.con
             total += widen(loaded[slot]) * scales[slot]
         else:
             total += widen(loaded[slot])
-    tl.store(out + token * HIDDEN + columns, narrow(total, out.dtype.element_ty), mask=columns < HIDDEN)
+    tl.store(out + token * out_stride + columns, narrow(total, out.dtype.element_ty), mask=columns < HIDDEN)

@@ -14,9 +14,9 @@ FRESH = ("fp8_block", "fp8_channel", "fp8_tensor", "int4_w4a16")  # their produc
 
 
 def tile(block_n: int, block_k: int, num_warps: int, num_stages: int, *, swap=False, merged=False, tail=0, passes=1,
-         group_m=1, descriptor=True) -> dict[str, object]:
+         span=1, group_m=1, descriptor=True) -> dict[str, object]:
     return dict(BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps, num_stages=num_stages, SWAP=swap, MERGED=merged,
-                TAIL_M=tail, PASSES=passes, GROUP_M=group_m, DESCRIPTOR=descriptor)
+                TAIL_M=tail, PASSES=passes, SPAN=span, GROUP_M=group_m, DESCRIPTOR=descriptor)
 
 
 def default(traits: Mapping[str, object], num_tokens: int) -> dict[str, object]:

@@ -51,7 +51,7 @@ def experts(*, num_experts, topk, hidden_size, intermediate_size, dtype="bfloat1
                 **shared)
             few_tokens.pair_down[(tokens, -(-hidden_size // down["BLOCK_N"]))](
                 act, w2, w2_scale, w2_bias, topk_weights, topk_ids, expert_map, map_size, out,
-                SLOTS=triton.next_power_of_2(topk), **down, **shared)
+                out.stride(0), SLOTS=triton.next_power_of_2(topk), **down, **shared)
         return out
 
     return kernel

@@ -117,7 +117,7 @@ def experts(*, num_experts, topk, hidden_size, intermediate_size, dtype="bfloat1
             grouped.grouped_up[(most * -(-intermediate_size // width),)](
                 x, x_scale, hidden_size, w13_read, w13_scale, w13_bias, topk_weights, order, blocks, num_blocks, act,
                 act_scale, tokens, routes, most, INTERLEAVED=interleaved, ACTIVATION=activation, BLOCK_M=block_m,
-                PTX=ptx(platform), **shared, **{**up, "DESCRIPTOR": described}, **pdl)
+                PTX=ptx(platform), **shared, **{n: v for n, v in up.items() if n != "SPAN"} | {"DESCRIPTOR": described}, **pdl)
             if by_row:
                 rows, act = act, empty(routes, intermediate_size, dtype=stored)
                 act_scale = empty(routes, dtype=torch.float32)
@@ -132,12 +132,12 @@ def experts(*, num_experts, topk, hidden_size, intermediate_size, dtype="bfloat1
             row_scale = empty(routes, tiles_n, dtype=torch.float32) if halved else None
             w2_read, described = weights_for(w2, down, intermediate_size, 1)
             parameters = {n: v for n, v in down.items() if n not in ("MERGED", "PASSES")}
-            grouped.grouped_down[(most * tiles_n,)](
+            grouped.grouped_down[(most * -(-hidden_size // (down["BLOCK_N"] * down["SPAN"])),)](
                 act, act_scale, w2_read, w2_scale, w2_bias, topk_weights, order, blocks, num_blocks, rows, row_scale,
                 routes, most, BLOCK_M=block_m, **shared, **{**parameters, "DESCRIPTOR": described}, **pdl)
             columns = down["BLOCK_N"] if halved else COLUMNS
             grouped.sum_slots[(tokens, -(-hidden_size // columns))](
-                rows, row_scale, topk_ids, expert_map, map_size, out, TOPK=topk, HIDDEN=hidden_size,
+                rows, row_scale, topk_ids, expert_map, map_size, out, out.stride(0), TOPK=topk, HIDDEN=hidden_size,
                 NUM_EXPERTS=num_experts, BLOCK=columns, DEPENDENT=dependent, num_warps=max(1, columns // 256), **pdl)
         return out
 
