@@ -82,8 +82,8 @@ def count_chunk(chunk, topk_ids, expert_map, map_size, counts, num_routes, NUM_E
 def place_chunks(topk_ids, expert_map, map_size, counts, order, blocks, num_blocks, num_routes, num_chunks, most_blocks,
                  NUM_EXPERTS: tl.constexpr, BINS: tl.constexpr, BLOCK_M: tl.constexpr,
                  CHUNK: tl.constexpr, ROWS: tl.constexpr, DEPENDENT: tl.constexpr):
-    """Grid: chunks. The first program writes the blocks too."""
-    chunk = tl.program_id(0)
+    """Grid: 1 + chunks. The first program writes the blocks, program 1 + c places the routes of chunk c."""
+    chunk = tl.program_id(0) - 1
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -95,8 +95,9 @@ def place_chunks(topk_ids, expert_map, map_size, counts, order, blocks, num_bloc
         found = tl.load(counts + rows[:, None] * BINS + bins[None, :], mask=rows[:, None] < num_chunks, other=0)
         total += tl.sum(found, axis=0)
         before += tl.sum(tl.where(rows[:, None] < chunk, found, 0), axis=0)
-    if chunk == 0:
+    if chunk < 0:
         store_blocks(total, blocks, num_blocks, most_blocks, NUM_EXPERTS, BINS, BLOCK_M)
+        return
     base = tl.cumsum(total, 0) - total + before
     routes = chunk * CHUNK + tl.arange(0, CHUNK)
     ids = local_expert(topk_ids, expert_map, map_size, routes, routes < num_routes, NUM_EXPERTS)

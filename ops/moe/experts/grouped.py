@@ -354,34 +354,17 @@ def down_tile(act, act_scale, w2, w2_scale, w2_bias, topk_weights, order, result
     if w2_bias is not None:
         y += widen(tl.load(w2_bias + expert.to(tl.int64) * HIDDEN + columns, mask=inside, other=0.0))[None, :]
     routes = tl.load(order + positions, mask=live, other=0.0)
+    factor = tl.full([BLOCK_M], 1.0, tl.float32)
     if not WEIGHT_ON_INPUT:
-        y *= widen(tl.load(topk_weights + routes, mask=live, other=0.0))[:, None]
-    if row_scale is not None:
-        exponent = row_exponent(tl.max(tl.where(inside[None, :], tl.abs(y), 0.0), axis=1))
+        factor = widen(tl.load(topk_weights + routes, mask=live, other=0.0))
+    if row_scale is not None:  # taken into the weight, which a power of two leaves as exact as it is
+        exponent = row_exponent(tl.max(tl.abs(y), axis=1) * tl.abs(factor))
         TILES_N: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
         tl.store(row_scale + routes.to(tl.int64) * TILES_N + tile, exponent, mask=live)
-        y = y * (1.0 / exponent)[:, None]  # exact: a power of two
+        factor = factor * (1.0 / exponent)
+    y *= factor[:, None]
     to = result + routes.to(tl.int64)[:, None] * HIDDEN + columns[None, :]
     tl.store(to, narrow(y, result.dtype.element_ty), mask=live[:, None] & inside[None, :])
-
-
-@triton.jit
-def down_tiles(act, act_scale, w2, w2_scale, w2_bias, topk_weights, order, result, row_scale, expert, start, height,
-               first, num_routes, TOPK: tl.constexpr, HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr,
-               FORMAT: tl.constexpr, PER_TENSOR: tl.constexpr, GROUP: tl.constexpr, STATIC: tl.constexpr,
-               WEIGHT_ON_INPUT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-               SWAP: tl.constexpr, DESCRIPTOR: tl.constexpr, SPAN: tl.constexpr):
-    TILES_N: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
-    if SPAN == 1:
-        down_tile(act, act_scale, w2, w2_scale, w2_bias, topk_weights, order, result, row_scale, expert, start, height,
-                  first, num_routes, TOPK, HIDDEN, INTERMEDIATE, FORMAT, PER_TENSOR, GROUP, STATIC, WEIGHT_ON_INPUT,
-                  BLOCK_M, BLOCK_N, BLOCK_K, SWAP, DESCRIPTOR)
-    else:
-        # flattened with the loop over K: the next tile's weights are under way while this one's rows are stored
-        for tile in tl.range(first * SPAN, tl.minimum(first * SPAN + SPAN, TILES_N), flatten=True):
-            down_tile(act, act_scale, w2, w2_scale, w2_bias, topk_weights, order, result, row_scale, expert, start,
-                      height, tile, num_routes, TOPK, HIDDEN, INTERMEDIATE, FORMAT, PER_TENSOR, GROUP, STATIC,
-                      WEIGHT_ON_INPUT, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, DESCRIPTOR)
 
 
 @triton.jit(do_not_specialize=["num_routes", "most_blocks"])
@@ -390,60 +373,60 @@ def grouped_down(act, act_scale, w2, w2_scale, w2_bias, topk_weights, order, blo
                  FORMAT: tl.constexpr, PER_TENSOR: tl.constexpr, GROUP: tl.constexpr, STATIC: tl.constexpr,
                  WEIGHT_ON_INPUT: tl.constexpr, BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr,
                  BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SWAP: tl.constexpr, DESCRIPTOR: tl.constexpr,
-                 SPAN: tl.constexpr, DEPENDENT: tl.constexpr):
-    """result[route] = routing weight * (act[p] times w2 of p's expert + bias). Grid: most_blocks * spans of tiles of N.
+                 DEPENDENT: tl.constexpr):
+    """result[route] = routing weight * (act[p] times w2 of p's expert + bias). Grid: most_blocks * tiles of N.
 
     result     [R, H], rounded once
     row_scale  [R, tiles] or None: powers of two that `result` is divided by, for float16, which has the digits but not
                the range
-    SPAN       tiles of N that a program takes one after the other
     """
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    SPANS: tl.constexpr = (HIDDEN + BLOCK_N * SPAN - 1) // (BLOCK_N * SPAN)
+    TILES_N: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
     count = tl.load(num_blocks)
-    if tl.program_id(0) >= count * SPANS:
+    if tl.program_id(0) >= count * TILES_N:
         return
-    block, first = tile_of(tl.program_id(0), count, SPANS, GROUP_M)
+    block, tile = tile_of(tl.program_id(0), count, TILES_N, GROUP_M)
     expert = tl.load(blocks + block)
     start = tl.load(blocks + most_blocks + block)
     height = tl.load(blocks + 2 * most_blocks + block)
     if TAIL_M > 0 and height <= TAIL_M:
-        down_tiles(act, act_scale, w2, w2_scale, w2_bias, topk_weights, order, result, row_scale, expert, start, height,
-                   first, num_routes, TOPK, HIDDEN, INTERMEDIATE, FORMAT, PER_TENSOR, GROUP, STATIC, WEIGHT_ON_INPUT,
-                   TAIL_M if TAIL_M > 0 else 16, BLOCK_N, BLOCK_K, SWAP, DESCRIPTOR, SPAN)
+        down_tile(act, act_scale, w2, w2_scale, w2_bias, topk_weights, order, result, row_scale, expert, start, height,
+                  tile, num_routes, TOPK, HIDDEN, INTERMEDIATE, FORMAT, PER_TENSOR, GROUP, STATIC, WEIGHT_ON_INPUT,
+                  TAIL_M if TAIL_M > 0 else 16, BLOCK_N, BLOCK_K, SWAP, DESCRIPTOR)
     else:
-        down_tiles(act, act_scale, w2, w2_scale, w2_bias, topk_weights, order, result, row_scale, expert, start, height,
-                   first, num_routes, TOPK, HIDDEN, INTERMEDIATE, FORMAT, PER_TENSOR, GROUP, STATIC, WEIGHT_ON_INPUT,
-                   BLOCK_M, BLOCK_N, BLOCK_K, SWAP, DESCRIPTOR, SPAN)
+        down_tile(act, act_scale, w2, w2_scale, w2_bias, topk_weights, order, result, row_scale, expert, start, height,
+                  tile, num_routes, TOPK, HIDDEN, INTERMEDIATE, FORMAT, PER_TENSOR, GROUP, STATIC, WEIGHT_ON_INPUT,
+                  BLOCK_M, BLOCK_N, BLOCK_K, SWAP, DESCRIPTOR)
 
 
 @triton.jit(do_not_specialize=["map_size"])
-def sum_slots(rows, row_scale, topk_ids, expert_map, map_size, out, out_stride, TOPK: tl.constexpr, HIDDEN: tl.constexpr,
-              NUM_EXPERTS: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
+def sum_slots(rows, row_scale, topk_ids, expert_map, map_size, out, out_stride, TOPK: tl.constexpr,
+              HIDDEN: tl.constexpr, NUM_EXPERTS: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr,
+              DEPENDENT: tl.constexpr):
     """out[t] = sum over slots, in slot order, of rows[t * K + slot]; slots without a local expert are not read.
-    Grid: (T, tiles of BLOCK columns); row_scale has one scale for each of these tiles, or is None."""
+    Grid: (T, spans of TILES * TILE columns); row_scale [R, tiles of TILE columns] or None."""
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
-    tile = tl.program_id(1)
-    TILES_N: tl.constexpr = (HIDDEN + BLOCK - 1) // BLOCK
-    columns = tile * BLOCK + tl.arange(0, BLOCK)
+    tiles = tl.program_id(1) * TILES + tl.arange(0, TILES)
+    columns = tiles[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    TILES_N: tl.constexpr = (HIDDEN + TILE - 1) // TILE
     loaded = ()
     scales = ()
     for slot in tl.static_range(TOPK):  # all under way before the first is added
         route = token * TOPK + slot
         expert = local_expert(topk_ids, expert_map, map_size, route, True, NUM_EXPERTS)
-        there = columns < tl.where(expert < NUM_EXPERTS, HIDDEN, 0)
-        loaded = loaded + (tl.load(rows + route * HIDDEN + columns, mask=there, other=0.0),)
+        limit = tl.where(expert < NUM_EXPERTS, HIDDEN, 0)
+        loaded = loaded + (tl.load(rows + route * HIDDEN + columns, mask=columns < limit, other=0.0),)
         if row_scale is not None:
-            scales = scales + (tl.load(row_scale + route * TILES_N + tile, mask=expert < NUM_EXPERTS, other=0.0),)
-    total = tl.zeros([BLOCK], tl.float32)
+            scales = scales + (tl.load(row_scale + route * TILES_N + tiles, mask=tiles * TILE < limit, other=0.0),)
+    total = tl.zeros([TILES, TILE], tl.float32)
     for slot in tl.static_range(TOPK):
         if row_scale is not None:
-            total += widen(loaded[slot]) * scales[slot]
+            total += widen(loaded[slot]) * scales[slot][:, None]
         else:
             total += widen(loaded[slot])
     tl.store(out + token * out_stride + columns, narrow(total, out.dtype.element_ty), mask=columns < HIDDEN)

@@ -14,9 +14,9 @@ FRESH = ("fp8_block", "fp8_channel", "fp8_tensor", "int4_w4a16")  # their produc
 
 
 def tile(block_n: int, block_k: int, num_warps: int, num_stages: int, *, swap=False, merged=False, tail=0, passes=1,
-         span=1, group_m=1, descriptor=True) -> dict[str, object]:
+         group_m=1, descriptor=True) -> dict[str, object]:
     return dict(BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps, num_stages=num_stages, SWAP=swap, MERGED=merged,
-                TAIL_M=tail, PASSES=passes, SPAN=span, GROUP_M=group_m, DESCRIPTOR=descriptor)
+                TAIL_M=tail, PASSES=passes, GROUP_M=group_m, DESCRIPTOR=descriptor)
 
 
 def default(traits: Mapping[str, object], num_tokens: int) -> dict[str, object]:
@@ -56,5 +56,7 @@ def default(traits: Mapping[str, object], num_tokens: int) -> dict[str, object]:
     if rows <= 48:
         return {"BLOCK_M": 64, "up": tile(64, 64, 4, 5, merged=True, group_m=4), "down": tile(128, 64, 4, 5, group_m=4)}
     tail = 64 if rows <= 384 else 0
-    return {"BLOCK_M": 128, "up": tile(128, 64, 8, 4, merged=True, tail=tail, group_m=8 if rows > 512 else 1),
-            "down": tile(256, 64, 8, 4, tail=64, group_m=8)}
+    # An expert's weights that the L2 cache can't hold are read once for many blocks of rows, not once for each.
+    large = traits["hidden_size"] * traits["intermediate_size"] > 2 ** 24
+    return {"BLOCK_M": 128, "up": tile(128, 64, 8, 4, merged=True, tail=tail, group_m=16 if large else 1),
+            "down": tile(256, 64, 8, 4, tail=64, group_m=16 if large else 8)}

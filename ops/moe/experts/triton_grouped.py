@@ -19,7 +19,7 @@ from .launch import INTERPRETED, dependent_launch, on_gpu, ptx
 
 FORMATS = {"none": "none", "fp8_block": "fp8_block", "fp8_channel": "fp8", "fp8_tensor": "fp8", "int8_channel": "int8",
            "int8_w8a16": "int8_w8a16", "int4_w4a16": "int4"}
-FEW_ROUTES = 2048  # up to here every program of the alignment reads all ids
+FEW_ROUTES = 8192  # up to here every program of the alignment reads all ids
 COLUMNS = 1024 if INTERPRETED else 256  # that a program sums; the interpreter takes as long over few as over many
 HALF_ROWS = 512  # tokens from which on rows wait for their sum in 16 bits: before, their bytes are few
 
@@ -78,7 +78,7 @@ def experts(*, num_experts, topk, hidden_size, intermediate_size, dtype="bfloat1
         routes = tokens * topk
         most = min(routes, num_experts + routes // block_m)
         few = routes <= FEW_ROUTES
-        chunk = 16 if few else 256
+        chunk = (16 if routes <= 2048 else 32) if few else 256
         chunks = -(-routes // chunk)
         map_size = 0 if expert_map is None else expert_map.shape[0]
 
@@ -101,7 +101,7 @@ def experts(*, num_experts, topk, hidden_size, intermediate_size, dtype="bfloat1
                 HIDDEN=hidden_size, BLOCK=max(group_size, triton.next_power_of_2(hidden_size)), ACT_QUANT=act_quant,
                 FEW=few, **acts, num_warps=8, **pdl)
             if not few:
-                align.place_chunks[(chunks,)](
+                align.place_chunks[(1 + chunks,)](
                     topk_ids, expert_map, map_size, counts, order, blocks, num_blocks, routes, chunks, most,
                     NUM_EXPERTS=num_experts, BINS=bins, BLOCK_M=block_m, CHUNK=chunk, ROWS=max(1, 16384 // bins),
                     DEPENDENT=dependent, num_warps=8, **pdl)
@@ -117,7 +117,7 @@ def experts(*, num_experts, topk, hidden_size, intermediate_size, dtype="bfloat1
             grouped.grouped_up[(most * -(-intermediate_size // width),)](
                 x, x_scale, hidden_size, w13_read, w13_scale, w13_bias, topk_weights, order, blocks, num_blocks, act,
                 act_scale, tokens, routes, most, INTERLEAVED=interleaved, ACTIVATION=activation, BLOCK_M=block_m,
-                PTX=ptx(platform), **shared, **{n: v for n, v in up.items() if n != "SPAN"} | {"DESCRIPTOR": described}, **pdl)
+                PTX=ptx(platform), **shared, **{**up, "DESCRIPTOR": described}, **pdl)
             if by_row:
                 rows, act = act, empty(routes, intermediate_size, dtype=stored)
                 act_scale = empty(routes, dtype=torch.float32)
@@ -132,13 +132,15 @@ def experts(*, num_experts, topk, hidden_size, intermediate_size, dtype="bfloat1
             row_scale = empty(routes, tiles_n, dtype=torch.float32) if halved else None
             w2_read, described = weights_for(w2, down, intermediate_size, 1)
             parameters = {n: v for n, v in down.items() if n not in ("MERGED", "PASSES")}
-            grouped.grouped_down[(most * -(-hidden_size // (down["BLOCK_N"] * down["SPAN"])),)](
+            grouped.grouped_down[(most * tiles_n,)](
                 act, act_scale, w2_read, w2_scale, w2_bias, topk_weights, order, blocks, num_blocks, rows, row_scale,
                 routes, most, BLOCK_M=block_m, **shared, **{**parameters, "DESCRIPTOR": described}, **pdl)
-            columns = down["BLOCK_N"] if halved else COLUMNS
-            grouped.sum_slots[(tokens, -(-hidden_size // columns))](
+            tile = down["BLOCK_N"] if halved else COLUMNS
+            span = max(1, min(1024, triton.next_power_of_2(hidden_size)) // tile) if halved else 1
+            grouped.sum_slots[(tokens, -(-hidden_size // (tile * span)))](
                 rows, row_scale, topk_ids, expert_map, map_size, out, out.stride(0), TOPK=topk, HIDDEN=hidden_size,
-                NUM_EXPERTS=num_experts, BLOCK=columns, DEPENDENT=dependent, num_warps=max(1, columns // 256), **pdl)
+                NUM_EXPERTS=num_experts, TILES=span, TILE=tile, DEPENDENT=dependent,
+                num_warps=max(1, span * tile // 256), **pdl)
         return out
 
     return kernel
