@@ -70,7 +70,7 @@ class Tuned:
     """The rows of every file, read when first asked for."""
 
     def __init__(self, catalog: Catalog, files: Iterable[str | Path] = ()):
-        self._catalog, self._files = catalog, tuple(files)
+        self._catalog, self.files = catalog, tuple(files)
         self._rows: dict[tuple[str, str], list[tuple[int, Row]]] | None = None
         self._names: dict[Platform | None, str] = {}
 
@@ -78,7 +78,7 @@ class Tuned:
         """Reads every file now. Raises for one that is wrong."""
         if self._rows is None:
             rows: dict[tuple[str, str], list[tuple[int, Row]]] = {}
-            for strength, path in enumerate(self._files):
+            for strength, path in enumerate(self.files):
                 for row in read_rows(self._catalog, read(path)):
                     rows.setdefault((row.op, row.implementation), []).append((strength, row))
             self._rows = rows
@@ -232,6 +232,6 @@ def _nothing(op: Op, implementation: Implementation, traits: Mapping[str, object
 
 
 def said(op: Op, traits: Mapping[str, object]) -> str:
-    """The traits that differ from their default, as the command line takes them."""
-    return " ".join(f"{name}={written(value)}" for name, value in traits.items()
+    """The static traits that differ from their default, as the command line takes them."""
+    return " ".join(f"{name}={written(value)}" for name, value in static_traits(op.space, traits).items()
                     if op.space.traits[name].default is REQUIRED or op.space.traits[name].default != value)
