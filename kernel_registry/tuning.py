@@ -19,6 +19,7 @@ from .catalog import Implementation, Op
 from .contract import Request
 from .errors import DocumentError, TargetError, TraitError
 from .harness import Harness, call_traits, device_of, harness, told
+from .precompile import Job, precompile
 from .registry import Registry
 from .tile_files import Row, Tile, add_tile, installed, open_rows, static_traits
 from .tiles import candidates
@@ -64,11 +65,12 @@ class TuneRow:
 
 def tune(registry: Registry, op: str, traits: Mapping[str, object], *, output: str | Path,
          implementations: Iterable[str] = (), tokens: Sequence[int] = (), again: bool = False, seconds: float = 0.1,
-         progress: Callable[[Attempt | TuneRow], None] | None = None) -> list[TuneRow]:
+         jobs: int = 1, progress: Callable[[Attempt | TuneRow], None] | None = None) -> list[TuneRow]:
     """Tunes the named implementations of `op` (all that take tiles, when none is named) for calls with these static
     traits and each number of tokens, and writes what is found into the file `output`. `seconds` bounds the measuring of
     one candidate. On a CPU an op may have its sizes reduced, and the tiles are for those. `again` also tunes what is
-    written already. Raises for unknown names, for traits that are no call, and for a file that is refused."""
+    written already. With `jobs`, candidates are first compiled in that many processes. Raises for unknown names, for
+    traits that are no call, and for a file that is refused."""
     owner, here = registry.catalog.op(op), registry.platform()
     tools = harness(owner)
     static = _static(owner, tools, traits, here)
@@ -79,13 +81,17 @@ def tune(registry: Registry, op: str, traits: Mapping[str, object], *, output: s
     output = Path(output)
     if not output.absolute().parent.is_dir():
         raise DocumentError("can't be written: there is no such folder", where=output, hint="make it, or name another")
+    tuners = [_Tuner(registry, owner, tools, here, implementation, static, device, seconds, progress)
+              for implementation in _chosen(owner, implementations)]
+    asked = [(tuner, count) for tuner in tuners for count in tokens or TOKENS[here.kind]]
+    if jobs > 1:
+        precompile(tools, [job for tuner, count in asked if tuner.known(count, output, again) is None
+                           for job in tuner.jobs(count)], device_of(here), jobs)
     rows = []
-    for implementation in _chosen(owner, implementations):
-        tuner = _Tuner(registry, owner, tools, here, implementation, static, device, seconds, progress)
-        for count in tokens or TOKENS[here.kind]:
-            rows.append(tuner.tune(count, output, again))
-            if progress:
-                progress(rows[-1])
+    for tuner, count in asked:
+        rows.append(tuner.known(count, output, again) or tuner.tune(count, output))
+        if progress:
+            progress(rows[-1])
     return rows
 
 
@@ -126,20 +132,29 @@ class _Tuner:
     seconds: float
     progress: Callable | None
 
-    def tune(self, count: int, output: Path, again: bool) -> TuneRow:
-        """One number of tokens, from its candidates to the line in the file."""
-        catalog = self.registry.catalog
+    def known(self, count: int, output: Path, again: bool) -> TuneRow | None:
+        """What came of a number of tokens for which there is nothing to do."""
         request = self._request(count)
         failures = [str(f) for f in self.implementation.box.failures(request.traits)]
         if failures:
             return self._row(count, NOT_SERVED, "; ".join(failures))
         row = self._written(count, {})
-        found = next((r for r in open_rows(catalog, output)[2] if r.identity == row.identity), None)
-        if found is not None and count in found.tiles and not again:
-            return self._row(count, PRESENT, found.lines[count], tile=found.tiles[count])
-        result = self._best(request, count)
+        found = next((r for r in open_rows(self.registry.catalog, output)[2] if r.identity == row.identity), None)
+        if found is None or count not in found.tiles or again:
+            return None
+        return self._row(count, PRESENT, found.lines[count], tile=found.tiles[count])
+
+    def jobs(self, count: int) -> Iterator[Job]:
+        """What there is to compile."""
+        request = self._request(count)
+        for tile in candidates(self.implementation, request.traits, count):
+            yield self.implementation, request, count, tile
+
+    def tune(self, count: int, output: Path) -> TuneRow:
+        """One number of tokens, from its candidates to the line in the file."""
+        result = self._best(self._request(count), count)
         if result.tile is not None:
-            add_tile(catalog, output, self._written(count, result.tile), count)
+            add_tile(self.registry.catalog, output, self._written(count, result.tile), count)
         return result
 
     def _written(self, count: int, tile: Tile) -> Row:

@@ -27,13 +27,16 @@ from .explaining import model_calls, parse_traits
 @click.option("--output", default="tiles.yaml", show_default=True, metavar="FILE", help="Where rows are written.")
 @click.option("--again", is_flag=True, help="Also what FILE has already, for this device and these versions.")
 @click.option("--seconds", default=0.1, show_default=True, help="Measuring time per candidate.")
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, metavar="N",
+              help="Compile candidates in so many processes first; each holds inputs of its own.")
 @click.option("--verbose", is_flag=True, help="Tell of each candidate that does not compile or launch, why.")
 @interpret_option
 @registry_options
 @click.pass_context
 def tune_command(ctx: click.Context, op: str, traits: tuple[str, ...], config: str | None, workloads: tuple[str, ...],
                  implementations: tuple[str, ...], tokens: tuple[int, ...], output: str, again: bool, seconds: float,
-                 verbose: bool, registry_file: str | None, overrides: tuple[str, ...], tiles: tuple[str, ...]) -> None:
+                 jobs: int, verbose: bool, registry_file: str | None, overrides: tuple[str, ...],
+                 tiles: tuple[str, ...]) -> None:
     """Times every tile that an implementation of OP proposes for these traits, on this machine, and writes the fastest
     that the op's oracle passes into FILE, one number of tokens after the other.
 
@@ -62,7 +65,7 @@ def tune_command(ctx: click.Context, op: str, traits: tuple[str, ...], config: s
         click.echo(f"\n{owner.name} {said(owner, owner.space.request(call, registry.platform).traits)}\n")
         with _progress() as progress:
             found = tune(registry, op, call, output=output, implementations=implementations, tokens=tokens, again=again,
-                         seconds=seconds, progress=progress)
+                         seconds=seconds, jobs=jobs, progress=progress)
         _print(found)
         rows += found
     for row in rows:
