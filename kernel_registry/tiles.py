@@ -22,7 +22,7 @@ from . import targets
 from .catalog import Catalog, Implementation, Op
 from .contract import Request
 from .document import read
-from .errors import DocumentError, TargetError
+from .errors import DocumentError, RegistryError, TargetError
 from .schema import plain_tile
 from .tile_files import PACKAGES, Row, Tile, installed, read_rows, static_traits
 from .traits.detection import find
@@ -79,7 +79,14 @@ class Tuned:
         if self._rows is None:
             rows: dict[tuple[str, str], list[tuple[int, Row]]] = {}
             for strength, path in enumerate(self.files):
-                for row in read_rows(self._catalog, read(path)):
+                try:
+                    found = read_rows(self._catalog, read(path))
+                except RegistryError as error:
+                    if path != os.environ.get(ENVIRONMENT_VARIABLE):
+                        raise
+                    raise type(error)(f"{error.message} (in the tiles file that {ENVIRONMENT_VARIABLE} names)",
+                                      where=error.where, hint=error.hint) from error
+                for row in found:
                     rows.setdefault((row.op, row.implementation), []).append((strength, row))
             self._rows = rows
 
@@ -117,15 +124,20 @@ class Tuned:
             found, _ = find()
             if platform not in (found.platform, None):
                 return None
-            name = found.name
-            if not name and ask_torch:
-                import torch
-
-                name = torch.cuda.get_device_name()
+            name = found.name or (_torch_name() if ask_torch else "")
             if not name:
                 return None
             self._names[platform] = name
         return self._names[platform]
+
+
+def _torch_name() -> str:
+    try:
+        import torch
+
+        return torch.cuda.get_device_name()
+    except Exception:  # no torch, or one without this device: what is bound will say so in its own words
+        return ""
 
 
 def files(registry_file: str | Path, loaded: Sequence[str], environment: bool) -> tuple[str | Path, ...]:
@@ -137,7 +149,8 @@ def files(registry_file: str | Path, loaded: Sequence[str], environment: bool) -
 
 def chooser(implementation: Implementation, request: Request, tiling: Tiling | None) -> Callable[[int], Tile]:
     """The keyword `tiles` of the implementation's target. Decides once per number of tokens; asking again is one
-    look-up in a dict, in C. Imports the implementation's module of tiles."""
+    look-up in a dict, in C. A tile is shared by all who ask: it is not to be changed. Imports the implementation's
+    module of tiles."""
     traits = {name: value for name, value in request.traits.items() if name not in request.open}
     default = targets.load(f"{implementation.tiles}:default", implementation.where)
     if tiling is None or not tiling.tuned:

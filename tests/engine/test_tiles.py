@@ -159,6 +159,13 @@ def test_where_no_driver_tells_the_name_torch_is_asked_when_a_kernel_is_bound(ti
     assert "tuned on AMD Instinct MI300X" in registry.explain(tiled.OP, size=8).text()
 
 
+def test_a_torch_that_does_not_know_the_device_keeps_nobody_from_binding(tiled, monkeypatch):
+    on_device(monkeypatch, "", "gfx942")
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: False)))
+    kernel = open_registry(tiled, platform="gfx942").dispatch(tiled.OP, size=8)
+    assert kernel(call(1))["warps"] == 4 and kernel.tiles["a"].device is None
+
+
 # ---- versions, files and their order ---------------------------------------------------------------------------------
 
 def test_of_two_rows_in_a_file_the_installed_versions_then_the_newer_go_first(tiled, monkeypatch):
@@ -549,7 +556,7 @@ def test_a_file_that_is_not_there_is_told(tiled, monkeypatch):
         open_registry(tiled).load_tiles("gone.yaml")
     monkeypatch.setenv("KERNEL_REGISTRY_TILES", "gone.yaml")
     registry = open_registry(tiled, environment=True)
-    with pytest.raises(DocumentError, match="gone.yaml: can't be read"):
+    with pytest.raises(DocumentError, match="gone.yaml: can't be read.*the tiles file that KERNEL_REGISTRY_TILES names"):
         registry.dispatch(tiled.OP, size=8)
 
 
