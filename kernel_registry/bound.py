@@ -78,7 +78,8 @@ def make_call(op: Op, request: Request, table: Table, made: dict[str, Callable],
     if table.trait is None:
         implementation = table.decision.implementation
         if implementation.name not in made:
-            tiles = chooser(implementation, request, tilings.get(implementation.name)) if implementation.tiles else None
+            tiles = chooser(op, implementation, request, tilings.get(implementation.name)) \
+                if implementation.tiles else None
             made[implementation.name] = make_kernel(implementation, request, tiles)
         return made[implementation.name]
     reader = op.contract.dynamic[table.trait]

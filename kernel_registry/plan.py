@@ -169,6 +169,7 @@ def _is_call(call: object) -> bool:
             and isinstance(call.get("tiles", {}), dict)
             and all(name in call["sources"] and isinstance(tiles, dict) and set(tiles) == {"device", "num_tokens"}
                     and isinstance(tiles["device"], str) and isinstance(tiles["num_tokens"], dict)
+                    and all(map(str.isdecimal, tiles["num_tokens"]))
                     for name, tiles in call.get("tiles", {}).items()))
 
 

@@ -147,11 +147,11 @@ def files(registry_file: str | Path, loaded: Sequence[str], environment: bool) -
     return (*([beside] if beside.is_file() else []), *loaded, *([named] if named else []))
 
 
-def chooser(implementation: Implementation, request: Request, tiling: Tiling | None) -> Callable[[int], Tile]:
+def chooser(op: Op, implementation: Implementation, request: Request, tiling: Tiling | None) -> Callable[[int], Tile]:
     """The keyword `tiles` of the implementation's target. Decides once per number of tokens; asking again is one
     look-up in a dict, in C. A tile is shared by all who ask: it is not to be changed. Imports the implementation's
     module of tiles."""
-    traits = {name: value for name, value in request.traits.items() if name not in request.open}
+    traits = _not_dynamic(op, request.traits)
     default = targets.load(f"{implementation.tiles}:default", implementation.where)
     if tiling is None or not tiling.tuned:
         return _Remembered(lambda num_tokens: default(traits, num_tokens)).__getitem__
@@ -187,13 +187,14 @@ def form(tile: Tile, place: str = "") -> dict[str, type]:
     return found
 
 
-def candidates(implementation: Implementation, traits: Mapping[str, object], num_tokens: int) -> list[Tile]:
+def candidates(op: Op, implementation: Implementation, traits: Mapping[str, object], num_tokens: int) -> list[Tile]:
     """What `tune` tries: the default first, then what the implementation's module proposes, each once. Raises
     TargetError for one that could not stand in a file or has other keys than the default."""
     default, proposed = (targets.load(f"{implementation.tiles}:{name}", implementation.where)
                          for name in ("default", "candidates"))
     found: list[Tile] = []
-    for tile in (default(dict(traits), num_tokens), *proposed(dict(traits), num_tokens)):
+    traits = _not_dynamic(op, traits)
+    for tile in (default(traits, num_tokens), *proposed(traits, num_tokens)):
         if form(_proposed(implementation, tile)) != form(found[0] if found else tile):
             raise TargetError(f"{implementation.tiles} proposes a tile of another form than its default: "
                               f"{_apart(form(tile), form(found[0]))}", where=implementation.where,
@@ -201,6 +202,11 @@ def candidates(implementation: Implementation, traits: Mapping[str, object], num
         if not any(_same(tile, other) for other in found):
             found.append(tile)
     return found
+
+
+def _not_dynamic(op: Op, traits: Mapping[str, object]) -> dict[str, object]:
+    """What an implementation's module is told: the same whether the call's dynamic traits are known or left open."""
+    return {name: value for name, value in traits.items() if name not in op.space.dynamic}
 
 
 def _proposed(implementation: Implementation, tile: object) -> Tile:

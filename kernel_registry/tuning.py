@@ -147,7 +147,7 @@ class _Tuner:
     def jobs(self, count: int) -> Iterator[Job]:
         """What there is to compile."""
         request = self._request(count)
-        for tile in candidates(self.implementation, request.traits, count):
+        for tile in candidates(self.op, self.implementation, request.traits, count):
             yield self.implementation, request, count, tile
 
     def tune(self, count: int, output: Path) -> TuneRow:
@@ -167,7 +167,7 @@ class _Tuner:
         return make_kernel(self.implementation, request, lambda num_tokens: tile)
 
     def _best(self, request: Request, count: int) -> TuneRow:
-        tiles = candidates(self.implementation, request.traits, count)
+        tiles = candidates(self.op, self.implementation, request.traits, count)
         inputs = rotation(self.tools, request.traits, count, device_of(self.here))
         attempts = [self._attempt(request, count, tile, number, len(tiles), inputs)
                     for number, tile in enumerate(tiles, 1)]

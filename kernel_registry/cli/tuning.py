@@ -59,6 +59,8 @@ def tune_command(ctx: click.Context, op: str, traits: tuple[str, ...], config: s
     calls = model_calls(owner, config) if config else \
         [_workload(harness(owner), name) for name in workloads] if workloads else [{}]
     click.echo(f"on {registry.state.tuned.device(registry.platform(), ask_torch=True) or registry.platform()}")
+    if jobs > 1 and sys.stderr.isatty():
+        click.echo(f"compiling in {jobs} processes before anything is timed", err=True)
     rows = []
     for call in calls:
         call = {**call, **given}

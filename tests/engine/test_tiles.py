@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from kernel_registry import Registry, shipped_registry
+from kernel_registry.document import read
 from kernel_registry.errors import (
     DocumentError,
     PlanError,
@@ -21,7 +23,6 @@ from kernel_registry.errors import (
 )
 from kernel_registry.lint import lint_catalog
 from kernel_registry.plan import Plan
-from kernel_registry.planning import freeze_model  # noqa: F401
 from kernel_registry.tile_files import Row, add_tile, installed, read_rows
 from kernel_registry.tiles import Tiling, chooser
 from kernel_registry.traits.detection import Gpu
@@ -249,6 +250,17 @@ def test_variants_have_rows_of_their_own(tiled):
     assert {name: bool(tiling.tuned) for name, tiling in kernel.tiles.items()} == {"a": False, "a.many": True}
 
 
+@pytest.mark.parametrize("rows", [(), ({},)])
+def test_the_module_is_told_the_same_whether_dynamic_traits_are_known_or_not(tiled, rows):
+    tiled.entry["tiles"] = asked = tiled.module(TILES.replace("    return {", "    ASKED.append(traits)\n    return {")
+                                                + "\nASKED = []\n")
+    registry = open_registry(tiled, *(row({1: 7}) for _ in rows))
+    for more in ({}, {"num_tokens": 1, "contiguous": False}):
+        registry.dispatch(tiled.OP, size=8, **more)(call(1))
+    first, second = sys.modules[asked].ASKED
+    assert first == second and set(first) == {"size", "groups", "scoring", "has_bias", "dtype", "platform", "per_group"}
+
+
 # ---- what it costs ---------------------------------------------------------------------------------------------------
 
 def test_a_tile_is_chosen_once_for_each_number_of_tokens(tiled):
@@ -262,7 +274,7 @@ def test_a_tile_is_chosen_once_for_each_number_of_tokens(tiled):
 def chosen(toy, registry):
     kernel = registry.dispatch(toy.OP, size=8)
     op = registry.catalog.op(toy.OP)
-    return chooser(op.by_name["a"], kernel.request, kernel.tiles["a"])
+    return chooser(op, op.by_name["a"], kernel.request, kernel.tiles["a"])
 
 
 def test_asking_again_runs_no_python_code(tiled):
@@ -395,7 +407,8 @@ def test_a_plan_made_where_the_device_is_not_known_fits_every_device(tiled, tmp_
 
 
 @pytest.mark.parametrize("wrong", [3, {"a": 3}, {"gone": {"device": "x", "num_tokens": {}}}, {"a": {"device": "x"}},
-                                   {"a": {"device": 3, "num_tokens": {}}}, {"a": {"device": "x", "num_tokens": []}}])
+                                   {"a": {"device": 3, "num_tokens": {}}}, {"a": {"device": "x", "num_tokens": []}},
+                                   {"a": {"device": "x", "num_tokens": {"few": {}}}}])
 def test_a_plan_with_malformed_tiles_is_refused(tiled, tmp_path, wrong):
     path = tmp_path / "plan.json"
     data = json.loads(frozen(tiled).text())
@@ -524,11 +537,9 @@ def checked(tiled):
     registry = tiled.registry({"a": tiled.entry, "b": plain})
     registry.catalog
 
-    def read(text):
-        path = tiled.write(text, "tuned.yaml")
-        registry.load_tiles(path)
-        return path
-    return read
+    def load(text):
+        registry.load_tiles(tiled.write(text, "tuned.yaml"))
+    return load
 
 
 def test_the_good_file_is_good(checked):
@@ -556,13 +567,11 @@ def test_a_file_that_is_not_there_is_told(tiled, monkeypatch):
         open_registry(tiled).load_tiles("gone.yaml")
     monkeypatch.setenv("KERNEL_REGISTRY_TILES", "gone.yaml")
     registry = open_registry(tiled, environment=True)
-    with pytest.raises(DocumentError, match="gone.yaml: can't be read.*the tiles file that KERNEL_REGISTRY_TILES names"):
+    with pytest.raises(DocumentError, match="gone.yaml: can't be read.*file that KERNEL_REGISTRY_TILES names"):
         registry.dispatch(tiled.OP, size=8)
 
 
 def test_the_shipped_file_is_right():
-    from kernel_registry import Registry, shipped_registry
-
     registry = Registry(plugins=False, environment=False, platform="cpu")
     assert shipped_registry().with_name("tiles.yaml") in registry.state.tuned.files
     registry.state.tuned.read()
@@ -622,8 +631,6 @@ def test_a_file_that_can_not_be_written_is_told(tiled):
 
 def test_what_is_written_is_what_is_read(tiled):
     """Text that YAML would take for something else included."""
-    from kernel_registry.document import read
-
     registry, path = open_registry(tiled), tiled.folder / "odd.yaml"
     odd = {"yes": "no", "1": "0x10", "a b": "# not a comment", "nested": {"null": "~", "é": "1.0", "n": -3}}
     written(registry, path, 3, 7, device="d: [x]", versions={})
@@ -635,10 +642,13 @@ def test_what_is_written_is_what_is_read(tiled):
 
 
 def test_the_shipped_file_is_one_that_tune_can_add_to(tiled):
-    from kernel_registry import shipped_registry
-
-    shipped = Path(shipped_registry()).with_name("tiles.yaml").read_text()
-    if "tiles: []" in shipped:  # another op's rows mean nothing to the toy's catalog
-        path = tiled.write(shipped, "copy.yaml")
+    shipped = Path(shipped_registry()).with_name("tiles.yaml")
+    path = tiled.write(shipped.read_text(), "copy.yaml")
+    registry = Registry(plugins=False, environment=False, platform="cpu")
+    rows = read_rows(registry.catalog, read(path))
+    if rows:
+        add_tile(registry.catalog, path, replace(rows[0], tiles={987654: {"a": 1}}), 987654)
+    else:  # another op's rows would mean nothing to the toy's catalog
         written(open_registry(tiled), path, 1, 7)
-        assert path.read_text().startswith(shipped.partition("tiles:")[0])
+    before, after = shipped.read_text().splitlines(), path.read_text().splitlines()
+    assert len(after) > len(before) and [line for line in before if line not in after] == ["tiles: []"] * (not rows)
