@@ -31,7 +31,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 _FENCE = re.compile(r"^```([^\n`]+)\n(.*?)^```$", re.M | re.S)
 _NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
-_PARTS = ("kernel_registry", "ops", "traits", "registry.yaml")
+_PARTS = ("kernel_registry", "ops", "traits", "registry.yaml", "tiles.yaml")
 
 
 class Runner:
@@ -46,7 +46,7 @@ class Runner:
                 else:
                     shutil.copy(ROOT / part, folder / part)
         self.root = folder if checkout else ROOT
-        keep = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "KERNEL_REGISTRY_OVERRIDES")}
+        keep = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" and not k.startswith("KERNEL_REGISTRY_")}
         self.environment = {**keep, "PYTHONPATH": os.pathsep.join((str(self.root), str(folder))), "NO_COLOR": "1",
                             "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
 

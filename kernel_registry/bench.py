@@ -100,7 +100,7 @@ class _Bench:
                 calls[implementation.name] = self._call(implementation, given, request, tokens)
             except Exception as error:  # one that can't run is a row, and the rest are still measured
                 errors[implementation.name] = told(error)
-        times, method = _measure(calls, device_of(self.here), self.seconds)
+        times, method = measure(calls, device_of(self.here), self.seconds)
         best = min(times.values(), default=None)
         rows = []
         for implementation in beside:
@@ -115,20 +115,26 @@ class _Bench:
         return rows
 
     def _call(self, implementation: Implementation, given, request, tokens: int) -> list[Callable[[], object]]:
-        """The kernel on each of the rotating inputs, after one run that compiles it."""
         kernel = self.registry.dispatch(self.op.name, implementation=implementation.name, **given).raw
-        plain = {name: value for name, value in request.traits.items() if name in self.op.space.traits}
-        calls = []
-        for seed in range(_ROTATION):
-            args, kwargs = self.tools.inputs(plain, tokens, seed=seed, device=device_of(self.here),
-                                             flavour=self.tools.flavours[0])
-            calls.append(lambda args=args, kwargs=kwargs: kernel(*args, **kwargs))
-        calls[0]()
-        return calls
+        return on_each(kernel, rotation(self.tools, request.traits, tokens, device_of(self.here)))
 
 
-def _measure(calls: Mapping[str, list[Callable]], device: str,
-             seconds: float) -> tuple[dict[str, float], dict[str, str]]:
+def rotation(tools: Harness, traits: Mapping[str, object], tokens: int, device: str) -> list[tuple]:
+    """The rotating inputs of one call: (args, kwargs) of each."""
+    plain = {name: value for name, value in traits.items() if name in tools.op.space.traits}
+    return [tools.inputs(plain, tokens, seed=seed, device=device, flavour=tools.flavours[0])
+            for seed in range(_ROTATION)]
+
+
+def on_each(kernel: Callable, inputs: Iterable[tuple]) -> list[Callable[[], object]]:
+    """The kernel on each of the inputs, after one run that compiles it."""
+    calls = [lambda args=args, kwargs=kwargs: kernel(*args, **kwargs) for args, kwargs in inputs]
+    calls[0]()
+    return calls
+
+
+def measure(calls: Mapping[object, list[Callable]], device: str,
+            seconds: float) -> tuple[dict[object, float], dict[object, str]]:
     """Microseconds per call by name, and how each was timed."""
     replays, method = {}, {}
     for name, inputs in calls.items():
@@ -138,7 +144,7 @@ def _measure(calls: Mapping[str, list[Callable]], device: str,
         replay(1)
         once = max(replay(1), 1e-7)
         repeats[name] = max(1, min(1000, int(seconds / _ROUNDS / (once * 1e-6 * _ROTATION))))
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    samples: dict[object, list[float]] = {name: [] for name in calls}
     for _ in range(_ROUNDS):
         for name, replay in replays.items():  # in turn, so that drift of the machine meets all alike
             samples[name].append(replay(repeats[name]))

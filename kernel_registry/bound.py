@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from bisect import bisect_right
 from functools import partial
+from types import MappingProxyType
 from typing import Callable, Mapping
 
 from . import aliasing, targets
@@ -17,6 +18,7 @@ from .catalog import Implementation, Op
 from .contract import Request
 from .errors import TargetError, suggestion
 from .selection import Table, one_name
+from .tiles import Tiling, chooser
 
 
 class BoundKernel(partial):
@@ -25,6 +27,7 @@ class BoundKernel(partial):
     op       the op's name
     request  the canonical traits it was dispatched for, and which dynamic ones are open
     context  what it was dispatched under: (pinned implementation or None, scope or None)
+    tiles    where tiles come from, of each implementation in it that takes any, by its name (tiles.Tiling)
 
     A functools.partial without arguments forwards a call in C, at a third of what a Python `__call__` costs, and its
     function can be replaced in place, which is how a handle held by an engine follows a reload.
@@ -33,17 +36,19 @@ class BoundKernel(partial):
     op: str
     request: Request
     context: object
+    tiles: Mapping[str, Tiling]
 
     @classmethod
-    def of(cls, request: Request, context: object, table: Table, call: Callable) -> "BoundKernel":
+    def of(cls, request: Request, context: object, table: Table, call: Callable, tiles: Mapping[str, Tiling]
+           ) -> "BoundKernel":
         kernel = cls(call)
         kernel.op, kernel.context = request.op, context
-        kernel.set(request, table, call)
+        kernel.set(request, table, call, tiles)
         return kernel
 
-    def set(self, request: Request, table: Table, call: Callable) -> None:
+    def set(self, request: Request, table: Table, call: Callable, tiles: Mapping[str, Tiling]) -> None:
         """Points the handle at another choice; for the registry."""
-        self.request, self.table = request, table
+        self.request, self.table, self.tiles = request, table, tiles
         self.__setstate__((call, (), {}, self.__dict__))
 
     @property
@@ -66,12 +71,16 @@ class BoundKernel(partial):
         return f"<{self.name} for {self.request}>"
 
 
-def make_call(op: Op, request: Request, table: Table, made: dict[str, Callable]) -> Callable:
-    """The raw function for `table`. `made` remembers kernels already built for this request, by implementation."""
+def make_call(op: Op, request: Request, table: Table, made: dict[str, Callable],
+              tilings: Mapping[str, Tiling] = MappingProxyType({})) -> Callable:
+    """The raw function for `table`. `made` remembers kernels already built for this request, by implementation;
+    `tilings` has where the tiles of an implementation come from, the default's where it has none."""
     if table.trait is None:
         implementation = table.decision.implementation
         if implementation.name not in made:
-            made[implementation.name] = make_kernel(op, implementation, request)
+            tiles = chooser(op, implementation, request, tilings.get(implementation.name)) \
+                if implementation.tiles else None
+            made[implementation.name] = make_kernel(op, implementation, request, tiles)
         return made[implementation.name]
     reader = op.contract.dynamic[table.trait]
     first = next(iter(inspect.signature(op.contract.signature).parameters))
@@ -81,7 +90,7 @@ def make_call(op: Op, request: Request, table: Table, made: dict[str, Callable])
             raise TypeError(f"{op.name} was called without {first}")
         return reader(args[0] if args else kwargs[first])
 
-    calls = [make_call(op, request, branch, made) for branch in table.branches]
+    calls = [make_call(op, request, branch, made, tilings) for branch in table.branches]
     bounds = table.bounds
     if isinstance(bounds[0], bool):
         no, yes = calls
@@ -96,11 +105,14 @@ def make_call(op: Op, request: Request, table: Table, made: dict[str, Callable])
     return by_range
 
 
-def make_kernel(op: Op, implementation: Implementation, request: Request) -> Callable:
-    """Imports the target and calls it with the traits it names and the options of its entry: the one place where a
-    kernel comes to be. An option has to be named too: `**` would swallow one that nothing reads.
+def make_kernel(op: Op, implementation: Implementation, request: Request,
+                tiles: Callable[[int], Mapping[str, object]] | None = None) -> Callable:
+    """Imports the target and calls it with the traits it names, the options of its entry, and `tiles` where it takes
+    tiles: the one place where a kernel comes to be. An option has to be named too: `**` would swallow one that nothing
+    reads.
 
     Where the call brings `out`, what is returned is the kernel behind aliasing.py's decision."""
+    options = {**implementation.options, **({"tiles": tiles} if implementation.tiles else {})}
     factory = targets.load(implementation.target, implementation.where)
     static = {name: value for name, value in request.traits.items() if name not in request.open}
     brings_out, accepts = static.get(aliasing.TRAIT, False), implementation.accepts_output_alias
@@ -111,8 +123,8 @@ def make_kernel(op: Op, implementation: Implementation, request: Request) -> Cal
         takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         wanted = static if takes_all else {p.name: static[p.name] for p in parameters if p.name in static}
         keywords = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        strange = [name for name in implementation.options if name not in keywords]
-        kernel = None if strange else factory(**wanted, **implementation.options)
+        strange = [name for name in options if name not in keywords]
+        kernel = None if strange else factory(**wanted, **options)
     except Exception as error:  # a factory may fail in any way; say which, and where it was declared
         raise TargetError(f"{implementation.target} can't be bound: {type(error).__name__}: {error}",
                           where=implementation.where,

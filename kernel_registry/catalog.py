@@ -34,6 +34,7 @@ class Implementation:
     numerics: str | None = None
     options: Mapping[str, object] = field(default_factory=dict)
     accepts_output_alias: bool = False
+    tiles: str = ""  # the module that has `default` and `candidates`, where the target takes tiles
     variant_of: str = ""  # the name of the implementation under whose `variants` it stands
 
     @property
@@ -128,10 +129,11 @@ def _read(document: Document, op: str, entry: OpEntry, space: TraitSpace) -> Ite
     for name, item in entry.implementations.items():
         path = ("ops", op, "implementations", name)
         _refuse_traits(document, path, name, item.options, space)
+        _refuse_two_tiles(document, path, name, item.tiles, item.options, space)
         box = read_box(space, item.when, closed=True,
                        where=lambda key: document.where((*path, "when", *key) if key else path))
         whole = Implementation(op, name, item.target, box, document.where(path), item.summary, item.rank, item.fallback,
-                               item.numerics, item.options, item.accepts_output_alias)
+                               item.numerics, item.options, item.accepts_output_alias, item.tiles or "")
         if whole.accepts_output_alias and aliasing.TRAIT not in space.traits:
             raise DocumentError(f"{name} accepts an output that {op} never gets: its contract has no trait "
                                 f"{aliasing.TRAIT}", where=document.where((*path, "accepts_output_alias")),
@@ -147,6 +149,7 @@ def _variant(document: Document, path: tuple, whole: Implementation, entry: Vari
     one that is written out."""
     name = f"{whole.name}.{path[-1]}"
     _refuse_traits(document, path, name, entry.options, space)
+    _refuse_two_tiles(document, path, name, whole.tiles, entry.options, space)
     own = read_box(space, entry.when, lambda key: document.where((*path, "when", *key)), closed=False)
     wider = [trait for trait, values in whole.box.sets.items() if trait in entry.when
              and not (trait in own.sets and values.covers(own.sets[trait]))]
@@ -172,6 +175,16 @@ def _refuse_traits(document: Document, path: tuple, name: str, options: Iterable
             raise DocumentError(f"option {option!r} of {name} is a trait of {space.op}",
                                 where=document.where((*path, "options", option)),
                                 hint="say in `when` which of its values are served, or rename the option")
+
+
+def _refuse_two_tiles(document: Document, path: tuple, name: str, module: str | None, options: Iterable[str],
+                      space: TraitSpace) -> None:
+    """The target gets one keyword `tiles`."""
+    other = "a trait" if "tiles" in space.all else "an option" if "tiles" in options else ""
+    if module and other:
+        key = ("options", "tiles") if other == "an option" else ("tiles",)
+        raise DocumentError(f"{name} declares tiles, and {other} is called `tiles` too", where=document.where(
+            (*path, *key)), hint=f"the target is given the keyword `tiles`: rename {other.partition(' ')[2]}")
 
 
 def _ordered(op: str, implementations: tuple[Implementation, ...]) -> tuple[Implementation, ...]:

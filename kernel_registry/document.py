@@ -8,6 +8,8 @@ duplicate keys, tags, keys that are not text, and anchors that expand without bo
 from __future__ import annotations
 
 import gc
+import os
+import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,6 +80,17 @@ def parse(text: str, source: str) -> Document:
         if loader is not None:
             loader.dispose()
     return Document(source, data, builder.lines)
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Writes the file whole or not at all: a temporary file beside it, then a rename."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.part")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _refuse_depth(yaml, loader, source: str) -> None:

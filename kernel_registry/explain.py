@@ -17,6 +17,7 @@ from .contract import Request
 from .errors import RegistryError
 from .overrides import Layer, Rule
 from .selection import REFUSALS, Considered, decide, denier, one_name, table
+from .tiles import Tuned
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Case:
     candidates: tuple[Candidate, ...]
     rules: tuple[Considered, ...]
     error: str = ""
+    tiles: str = ""  # where the winner's tiles come from, if it takes any
     starts: Mapping[str, object] = field(default_factory=dict)  # the least value of each trait that has a condition
 
     @property
@@ -97,7 +99,7 @@ class Explanation:
         """Canonical JSON of everything in the text, and of the options."""
         cases = [{
             "conditions": list(case.conditions), "winner": case.winner, "decided_by": case.decided_by,
-            "error": case.error,
+            "error": case.error, "tiles": case.tiles,
             "candidates": [{"name": c.name, "where": c.where, "serves": c.serves, "failures": list(c.failures),
                             "denied": c.denied, "options": c.options, "variant_of": c.variant_of, "output": c.output}
                            for c in case.candidates],
@@ -124,21 +126,22 @@ class Explanation:
     __str__ = text
 
 
-def explain(op: Op, request: Request, layers: Sequence[Layer]) -> Explanation:
+def explain(op: Op, request: Request, layers: Sequence[Layer], tuned: Tuned) -> Explanation:
     """The story of one request; one case per range of the open traits on which the outcome differs."""
     pieces = table(op, request, layers, told=True).pieces(op, request)
-    cases = tuple(_case(op, request, conditions, traits, layers) for conditions, traits in pieces)
+    cases = tuple(_case(op, request, conditions, traits, layers, tuned) for conditions, traits in pieces)
     shown = {name: value for name, value in request.traits.items() if name not in request.open}
     return Explanation(op.name, str(request), shown, cases)
 
 
 def _case(op: Op, request: Request, conditions: Mapping[str, str], traits: dict[str, object],
-          layers: Sequence[Layer]) -> Case:
+          layers: Sequence[Layer], tuned: Tuned) -> Case:
     rules: list[Considered] = []
-    winner, decided_by, error = None, "", ""
+    winner, decided_by, error, tiles = None, "", "", ""
     try:
         decision = decide(op, traits, layers, rules)
         winner = decision.implementation.name
+        tiles = str(tuned.tiling(op, decision.implementation, traits)) if decision.implementation.tiles else ""
         decided_by = str(decision.rule) if decision.rule else f"the registry's order, {decision.implementation.where}"
     except REFUSALS as failure:
         error = failure.message
@@ -147,7 +150,7 @@ def _case(op: Op, request: Request, conditions: Mapping[str, str], traits: dict[
         if rule.action == "disable":
             denied.setdefault(rule.implementation, rule)
     candidates = tuple(_candidate(i, request.open, conditions, traits, denier(denied, i)) for i in op.implementations)
-    return Case(tuple(conditions.values()), winner, decided_by, candidates, tuple(rules), error,
+    return Case(tuple(conditions.values()), winner, decided_by, candidates, tuple(rules), error, tiles,
                 {name: traits[name] for name in conditions})
 
 
@@ -191,6 +194,7 @@ def _case_rows(case: Case, told: Container[str]) -> tuple[list[str], list[tuple[
     """(the lines at the head of a case, a row of mark, label and reason for each candidate that has not been told)."""
     head = [f"  when {', '.join(case.conditions)}:"] if case.conditions else []
     head.append(f"  -> {case.winner}  [{case.decided_by}]" if case.winner else f"  -> nothing: {case.error}")
+    head += [f"     tiles: {case.tiles}"] if case.tiles else []
     head += [f"     override  {rule}: {outcome}" for rule, outcome in case.rules]
     near = {c.name for c in case.near_misses}
     labels, folded = _fold([c for c in case.candidates if c.name not in told and not c.serves])

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Iterable, Iterator, Mapping
 
 from . import targets
 from .box import Box, read_box
-from .catalog import Catalog, Op
+from .catalog import Catalog, Implementation, Op
 from .contract import Request
+from .document import write_whole
 from .errors import OverrideError, PlanError, RegistryError
 from .overrides import Layer, Rule
 from .selection import Table
+from .tiles import Tiling, Tuned
 from .traits.platform import Platform
 from .traits.trait import written
 
@@ -35,7 +35,8 @@ _PACKAGES = ("kernel-registry", "torch", "triton")
 class Plan:
     """Choices for `calls`, each a dict: op, model (scope or null), traits, table (list of {when, implementation,
     decided_by}), sources (implementation -> hash) and, where some of them have any, options (implementation -> its
-    options). `strict` and `source` say how a loaded plan is applied."""
+    options) and tiles (implementation -> the device, and each tile that is tuned for it, by num_tokens; absent where
+    the device was not known). `strict` and `source` say how a loaded plan is applied."""
 
     device: str
     versions: dict[str, str]
@@ -54,15 +55,9 @@ class Plan:
         return hashlib.sha256(self.text().encode()).hexdigest()
 
     def save(self, path: str | Path) -> None:
-        """Writes the plan whole or not at all (a temporary file beside it, then a rename)."""
-        path = Path(path)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.part")
+        """Writes the plan whole or not at all."""
         try:
-            try:
-                temporary.write_text(self.text(), encoding="utf-8")
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            write_whole(path, self.text())
         except OSError as error:
             raise PlanError(f"can't be written: {error}", where=path) from error
 
@@ -102,7 +97,9 @@ class Plan:
             if a["table"] != b["table"]:
                 lines.append(f"~ {title}: {_choices(a)} -> {_choices(b)}")
             for name in sorted({*a["sources"]} & {*b["sources"]}):
-                if a["sources"][name] != b["sources"][name]:
+                apart = list(_tiles_apart(*(call.get("tiles", {}).get(name, {}) for call in (a, b))))
+                lines += [f"~ {title}: tiles of {name}: {told}" for told in apart]
+                if a["sources"][name] != b["sources"][name] and not apart:  # tiles are a part of the source
                     lines.append(f"~ {title}: the source of {name} changed")
                 had, has = (_json(call.get("options", {}).get(name, {})) for call in (a, b))
                 for option in sorted({*had, *has}):
@@ -111,14 +108,14 @@ class Plan:
                                      f"{has.get(option, 'absent')}")
         return lines
 
-    def checked(self, catalog: Catalog) -> "Plan":
-        """This plan; raises PlanError when it does not fit `catalog` any more."""
-        problems = [problem for call in self.calls for problem in self._problems(call, catalog)]
+    def checked(self, catalog: Catalog, tuned: Tuned) -> "Plan":
+        """This plan; raises PlanError when it does not fit `catalog`, and the tiles that are `tuned`, any more."""
+        problems = [problem for call in self.calls for problem in self._problems(call, catalog, tuned)]
         if problems:
             raise PlanError("; ".join(dict.fromkeys(problems)), where=self.source, hint="verify, then freeze again")
         return self
 
-    def _problems(self, call: dict, catalog: Catalog) -> Iterator[str]:
+    def _problems(self, call: dict, catalog: Catalog, tuned: Tuned) -> Iterator[str]:
         try:
             op = catalog.op(call["op"])
             request = op.space.request(call["traits"], lambda: Platform.parse(self.device))
@@ -132,7 +129,10 @@ class Plan:
                     yield f"{found.name} can't serve {request} any more"
             for name, source in call["sources"].items():
                 found = op.implementation(name)
-                if targets.source_hash(found.target) != source:
+                tiles = call.get("tiles", {}).get(name)
+                if tiles and _tiles(tuned.tiling(op, found, request.traits, device=tiles["device"])) != tiles:
+                    yield f"{op.name}: the tiles of {name} for {tiles['device']} changed since the plan was frozen"
+                elif _source(found, tiles) != source:
                     yield f"{op.name}: the source of {name} changed since the plan was frozen"
                 if _json(found.options) != _json(call.get("options", {}).get(name, {})):
                     yield f"{op.name}: the options of {name} changed since the plan was frozen"
@@ -156,7 +156,7 @@ class Plan:
 
 def _is_call(call: object) -> bool:
     """Whether a loaded `call` has the form that `frozen_call` gives it."""
-    return (isinstance(call, dict) and set(call) - {"options"} == {"op", "model", "traits", "table", "sources"}
+    return (isinstance(call, dict) and set(call) - {"options", "tiles"} == {"op", "model", "traits", "table", "sources"}
             and isinstance(call["op"], str) and isinstance(call["model"], (str, type(None)))
             and isinstance(call["traits"], dict) and isinstance(call["sources"], dict)
             and isinstance(call["table"], list) and bool(call["table"])
@@ -165,7 +165,12 @@ def _is_call(call: object) -> bool:
                     and row["decided_by"] in ("override", "registry") for row in call["table"])
             and isinstance(call.get("options", {}), dict)
             and all(name in call["sources"] and isinstance(options, dict)
-                    for name, options in call.get("options", {}).items()))
+                    for name, options in call.get("options", {}).items())
+            and isinstance(call.get("tiles", {}), dict)
+            and all(name in call["sources"] and isinstance(tiles, dict) and set(tiles) == {"device", "num_tokens"}
+                    and isinstance(tiles["device"], str) and isinstance(tiles["num_tokens"], dict)
+                    and all(map(str.isdecimal, tiles["num_tokens"]))
+                    for name, tiles in call.get("tiles", {}).items()))
 
 
 def _json(options: Mapping[str, object]) -> dict[str, str]:
@@ -185,7 +190,7 @@ def freeze(state: "State", *, batch_invariant: bool = False) -> Plan:
         model = scope.model if scope else None
         if batch_invariant:
             _refuse_variance(op, kernel)
-        call = frozen_call(op, kernel.request, kernel.table, model)
+        call = frozen_call(op, kernel.request, kernel.table, kernel.tiles, model)
         calls[json.dumps(call, sort_keys=True)] = call
         for layer in state.file_layers:
             for rule in layer.rules.get(op.name, ()):
@@ -198,13 +203,37 @@ def freeze(state: "State", *, batch_invariant: bool = False) -> Plan:
     return Plan(str(state.platform), versions(), tuple(calls[key] for key in sorted(calls)))
 
 
-def frozen_call(op: Op, request: Request, table: Table, model: str | None = None) -> dict:
-    """One of a plan's `calls`: what `table` decides for `request`."""
+def frozen_call(op: Op, request: Request, table: Table, tilings: Mapping[str, Tiling], model: str | None = None
+                ) -> dict:
+    """One of a plan's `calls`: what `table` decides for `request`, with the tiles that are tuned for it."""
     winners = [op.by_name[name] for name in table.winners()]
     options = {winner.name: dict(winner.options) for winner in winners if winner.options}
+    tiles = {name: _tiles(tiling) for name, tiling in tilings.items() if tiling.device}
     return {"op": op.name, "model": model, "traits": _plain(request, op), "table": _rows(table),
-            "sources": {winner.name: targets.source_hash(winner.target) for winner in winners},
-            **({"options": options} if options else {})}
+            "sources": {winner.name: _source(winner, tiles.get(winner.name)) for winner in winners},
+            **({"options": options} if options else {}), **({"tiles": tiles} if tiles else {})}
+
+
+def _tiles(tiling: Tiling) -> dict:
+    """What a plan holds of a tiling; no tiles: the default's."""
+    return {"device": tiling.device, "num_tokens": {str(count): tile for count, tile in tiling.tuned.items()}}
+
+
+def _source(implementation: Implementation, tiles: dict | None) -> str:
+    """The hash of all that says what an implementation runs: its code, that of its tiles, and what is tuned."""
+    more = [f"{implementation.tiles}:default"] if implementation.tiles else []
+    tuned = tiles["num_tokens"] if tiles else {}
+    return targets.source_hash(implementation.target, *more, data=json.dumps(tuned, sort_keys=True) if tuned else "")
+
+
+def _tiles_apart(a: dict, b: dict) -> Iterator[str]:
+    """What differs between the tiles that two plans hold for one implementation."""
+    if a.get("device") != b.get("device"):
+        yield f"for {a.get('device', 'an unknown device')} -> for {b.get('device', 'an unknown device')}"
+    had, has = ({n: json.dumps(tile) for n, tile in tiles.get("num_tokens", {}).items()} for tiles in (a, b))
+    for count in sorted({*had, *has}, key=int):
+        if had.get(count) != has.get(count):
+            yield f"for {count} tokens: {had.get(count, 'not tuned')} -> {has.get(count, 'not tuned')}"
 
 
 def _could_match(rule: Rule, kernel) -> bool:

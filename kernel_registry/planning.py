@@ -86,7 +86,7 @@ def freeze_model(registry: Registry, config: "str | Mapping | ModelConfig", plat
         for workload in op.contract.workloads(config):
             request = op.space.request({**workload.traits, **_platform_traits(op, where)}, lambda: where)
             decided = table(op, request, registry.state.layers(None, op))
-            call = frozen_call(op, request, decided)
+            call = frozen_call(op, request, decided, registry.state.tilings(op, request, decided))
             calls[json.dumps(call, sort_keys=True)] = call  # two workloads may make one and the same call
     return Plan(str(where), versions(), tuple(calls[key] for key in sorted(calls)))
 

@@ -38,7 +38,7 @@ class Registry:
 
     path        the registry file; None for the one shipped with the package
     plugins     whether installed plugins contribute (entry-point group kernel_registry.plugins)
-    environment whether KERNEL_REGISTRY_OVERRIDES names a further override file
+    environment whether KERNEL_REGISTRY_OVERRIDES and KERNEL_REGISTRY_TILES name a further override and tiles file
     platform    the platform to decide for when a call names none; None to detect this machine's
     """
 
@@ -46,6 +46,7 @@ class Registry:
                  platform: "str | Platform | None" = None):
         self._path, self._plugins, self._environment, self._given_platform = path, plugins, environment, platform
         self._files: tuple = ()
+        self._tiles: tuple = ()
         self._plan: "Plan | None" = None
         self._lock = threading.RLock()
         self._scope: ContextVar[Scope | None] = ContextVar("kernel_registry_scope", default=None)
@@ -87,7 +88,7 @@ class Registry:
         state, scope = self.state, self._scope.get()
         owner = state.catalog.op(op)
         request = owner.space.request(traits, self.platform)
-        return explain(owner, request, state.layers(scope, owner, implementation))
+        return explain(owner, request, state.layers(scope, owner, implementation), state.tuned)
 
     def platform(self) -> "Platform":
         """The platform of calls that name none: the one given to the constructor, else this machine's."""
@@ -116,6 +117,12 @@ class Registry:
         A file may add implementations (arbitrary imports) only with `allow_targets=True`."""
         with self._lock:
             self._swap(files=(*self._files, (str(path), allow_targets)))
+
+    def load_tiles(self, path: "str | Path") -> None:
+        """Adds a tiles file, stronger than those loaded before and than the one beside the registry file. Kernels bound
+        earlier follow. Whole or not at all."""
+        with self._lock:
+            self._swap(tiles=(*self._tiles, str(path)))
 
     def reload(self) -> None:
         """Reads every file again and detects the platform again; kernels bound earlier follow. Whole or not at all."""
@@ -185,17 +192,18 @@ class Registry:
             cache[(op, implementation, *traits, *traits.values(), *map(type, traits.values()))] = kernel
             return kernel
 
-    def _swap(self, files: tuple | None = None, plan: "Plan | None" = None) -> None:
+    def _swap(self, files: tuple | None = None, plan: "Plan | None" = None, tiles: tuple | None = None) -> None:
         """Builds a new state, moves every live kernel over, then replaces the old state; on any error, nothing."""
         from .state import State
 
         files, plan = self._files if files is None else files, plan or self._plan
+        tiles = self._tiles if tiles is None else tiles
         fresh = State.load(self._path, files, plan, plugins=self._plugins, environment=self._environment,
-                           platform=self._given_platform)
+                           platform=self._given_platform, tiles=tiles)
         moves = fresh.adopt(self._state.kernels()) if self._state is not None else []
         for kernel, *choice in moves:
             kernel.set(*choice)
-        self._files, self._plan, self._state, self._cache = files, plan, fresh, {}
+        self._files, self._tiles, self._plan, self._state, self._cache = files, tiles, plan, fresh, {}
 
 
 class Override:

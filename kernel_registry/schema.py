@@ -1,4 +1,5 @@
-"""The shape of registry and override files: pydantic models, their errors told with file and line, their JSON Schema.
+"""The shape of registry, override and tiles files: pydantic models, their errors told with file and line, their JSON
+Schema.
 
 What a key means is the business of the module that reads it; here is only which keys exist. A key that is not here is
 an error, and every key that is here is read somewhere.
@@ -24,10 +25,27 @@ def _scalar(value: object, union) -> object:
         raise PydanticCustomError("scalar", "expected text, a finite number, true or false") from None
 
 
+def plain_tile(value: object, place: str = "the tile") -> dict:
+    """`value`, if it is launch parameters: nested mappings of whole numbers, true, false and text."""
+    if not isinstance(value, dict) or not value:
+        raise PydanticCustomError("tile", "{place} is not a mapping of launch parameters", {"place": place})
+    for key, item in value.items():
+        if type(key) is not str:
+            raise PydanticCustomError("tile", "{place} has a key that is not text: {key}", {"place": place, "key": key})
+        if isinstance(item, dict):
+            plain_tile(item, key)
+        elif type(item) not in (int, bool, str):
+            raise PydanticCustomError("tile", "{place} is neither a whole number, true, false, text nor a mapping of "
+                                              "such", {"place": key})
+    return value
+
+
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][\w.\-]*$")]
 Plain = Annotated[str, StringConstraints(pattern=r"^[A-Za-z][\w\-]*$")]
 Keyword = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]\w*$")]
 Scalar = Annotated[Union[bool, int, Annotated[float, Field(allow_inf_nan=False)], str], WrapValidator(_scalar)]
+Count = Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]*$")]
+Tile = Annotated[dict[str, Any], WrapValidator(lambda value, _: plain_tile(value))]
 _TARGET = f"^{targets.FORM}$"
 Target = Field(pattern=_TARGET, description="module:attribute, imported when first needed")
 When = Field(default_factory=dict, description="trait: value, [values], any, {min, max, multiple_of}, {not: ...}; "
@@ -66,6 +84,10 @@ class ImplementationEntry(_Strict):
     accepts_output_alias: bool = Field(
         False, description="writes its result into an `out` that the caller brings, whatever the distance of its rows; "
                            "without it the result is copied there")
+    tiles: Optional[str] = Field(
+        None, pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$",
+        description="module with `default(traits, num_tokens)` and `candidates(traits, num_tokens)`; the target is "
+                    "given a keyword `tiles`, a function of num_tokens")
     variants: dict[Plain, VariantEntry] = Field(
         default_factory=dict, description="the same kernel with other options for a part of these calls, each an "
                                           "implementation called NAME.VARIANT")
@@ -108,6 +130,34 @@ class OverrideFile(_Strict):
     ops: dict[Name, OpEntry] = Field(default_factory=dict, description="new implementations; needs allow_targets=True")
 
 
+class Versions(_Strict):
+    """What tiles were timed with."""
+
+    torch: Optional[str] = None
+    triton: Optional[str] = None
+
+
+class TilesEntry(_Strict):
+    """What was tuned for one implementation, with one set of traits, on one device."""
+
+    device: str = Field(min_length=1, description="what torch.cuda.get_device_name() says; cpu or interpreter without "
+                                                  "a GPU")
+    op: str
+    implementation: str = Field(description="one that declares `tiles`; a variant by its own name")
+    traits: dict[str, Scalar] = Field(description="those that differ from their default, neither the platform nor "
+                                                  "dynamic ones")
+    versions: Versions = Field(default_factory=Versions, description="what the tiles were timed with")
+    num_tokens: dict[Count, Tile] = Field(min_length=1, description="number of tokens: tile, nested mappings of whole "
+                                                                    "numbers, true, false and text")
+
+
+class TilesFile(_Strict):
+    """A tiles file: launch parameters found by `kernel-registry tune`."""
+
+    version: Literal[1]
+    tiles: list[TilesEntry]
+
+
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
@@ -147,10 +197,12 @@ def _entry_at(model: type[BaseModel], path: tuple) -> type[BaseModel]:
         return model
     if path[0] == "overrides":
         return OverrideEntry
+    if path[0] == "tiles":
+        return Versions if "versions" in path else TilesEntry
     return {2: OpEntry, 4: ImplementationEntry, 6: VariantEntry}[len(path)]
 
 
-def json_schema(kind: Literal["registry", "overrides"] = "registry") -> dict:
-    """JSON Schema of a registry or override file, for editors."""
-    model = RegistryFile if kind == "registry" else OverrideFile
+def json_schema(kind: Literal["registry", "overrides", "tiles"] = "registry") -> dict:
+    """JSON Schema of a registry, override or tiles file, for editors."""
+    model = {"registry": RegistryFile, "overrides": OverrideFile, "tiles": TilesFile}[kind]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **model.model_json_schema()}

@@ -6,7 +6,7 @@ import os
 import sys
 from collections import deque
 from pathlib import Path
-from typing import Callable, Iterable
+from typing import Callable, Iterable, Mapping, Sequence
 from weakref import WeakValueDictionary
 
 from .bound import BoundKernel, make_call
@@ -18,6 +18,7 @@ from .overrides import Layer, pinned, read_layer
 from .plugins import PluginFailure, plugin_sources
 from .schema import OverrideFile, RegistryFile, validate
 from .selection import Table, table
+from .tiles import Tiling, Tuned, files as tiles_files
 from .traits.platform import Platform, detect
 
 ENVIRONMENT_VARIABLE = "KERNEL_REGISTRY_OVERRIDES"
@@ -28,9 +29,11 @@ class State:
     """Immutable but for its memory of kernels."""
 
     def __init__(self, catalog: Catalog, layers: tuple[Layer, ...], platform: Platform,
-                 plugin_failures: tuple[PluginFailure, ...] = (), plan=None, *, detected: bool = False):
+                 plugin_failures: tuple[PluginFailure, ...] = (), plan=None, *, detected: bool = False,
+                 tuned: Tuned | None = None):
         self.catalog, self.file_layers, self.platform = catalog, layers, platform
         self.plugin_failures, self._detected = plugin_failures, detected
+        self.tuned = tuned or Tuned(catalog)
         self._plan_layer = plan.layer(catalog) if plan is not None else None
         self._kept: dict[tuple, BoundKernel] = {}  # kernels of plain dispatches live as long as the state
         self._used: WeakValueDictionary[tuple, BoundKernel] = WeakValueDictionary()  # the others, as long as used
@@ -39,11 +42,13 @@ class State:
     @classmethod
     @paused_collection()
     def load(cls, path: str | Path | None, files: Iterable[tuple[str, bool]], plan, *, plugins: bool,
-             environment: bool, platform: str | Platform | None) -> "State":
-        """Reads, validates and orders everything; raises before anything is kept."""
+             environment: bool, platform: str | Platform | None, tiles: Sequence[str] = ()) -> "State":
+        """Reads, validates and orders everything, the shipped tiles excepted, which are read when a kernel first asks;
+        raises before anything is kept."""
         from . import shipped_registry
 
-        document = read(path or shipped_registry())
+        path = path or shipped_registry()
+        document = read(path)
         sources = [(document, validate(RegistryFile, document).ops)]
         failures: tuple[PluginFailure, ...] = ()
         if plugins:
@@ -63,8 +68,11 @@ class State:
         layers = tuple(read_layer(catalog, document, parsed.overrides, name)
                        for name, document, parsed in reversed(overrides))
         here = Platform.parse(platform) if platform is not None else detect()
-        return cls(catalog, layers, here, failures, plan.checked(catalog) if plan is not None else None,
-                   detected=platform is None)
+        tuned = Tuned(catalog, tiles_files(path, tiles, environment))
+        if tiles:  # somebody asked for this file now, and learns now what is wrong with it
+            tuned.read()
+        return cls(catalog, layers, here, failures, plan.checked(catalog, tuned) if plan is not None else None,
+                   detected=platform is None, tuned=tuned)
 
     def layers(self, scope, op: Op, implementation: str | None = None) -> tuple[Layer, ...]:
         """Every layer that applies, strongest first."""
@@ -109,7 +117,8 @@ class State:
     def kernels(self) -> list[BoundKernel]:
         return [*self._kept.values(), *self._used.values()]
 
-    def adopt(self, kernels: Iterable[BoundKernel]) -> list[tuple[BoundKernel, Request, Table, Callable]]:
+    def adopt(self, kernels: Iterable[BoundKernel]
+              ) -> list[tuple[BoundKernel, Request, Table, Callable, Mapping[str, Tiling]]]:
         """What each of another state's kernels becomes here. Remembers them under this state's keys."""
         moves = []
         for kernel in kernels:
@@ -126,10 +135,17 @@ class State:
             self._remember(self._key(op, request, implementation, scope), kernel, op, request, scope)
         return moves
 
-    def _decide(self, op: Op, request: Request, implementation: str | None, scope) -> tuple[Table, Callable]:
+    def _decide(self, op: Op, request: Request, implementation: str | None, scope
+                ) -> tuple[Table, Callable, Mapping[str, Tiling]]:
         layers = self.layers(scope, op, implementation)
         decided = table(op, request, layers)
-        return decided, make_call(op, request, decided, {})
+        tilings = self.tilings(op, request, decided, ask_torch=True)
+        return decided, make_call(op, request, decided, {}, tilings), tilings
+
+    def tilings(self, op: Op, request: Request, decided: Table, ask_torch: bool = False) -> dict[str, Tiling]:
+        """Where tiles come from, of each implementation in the table that takes any, by its name."""
+        return {name: self.tuned.tiling(op, op.by_name[name], request.traits, ask_torch=ask_torch)
+                for name in decided.winners() if op.by_name[name].tiles}
 
 
 def _override_file(name: str, allow_targets: bool):

@@ -63,12 +63,17 @@ def _find(name: str, path):
     return None
 
 
-def source_hash(target: str) -> str:
+def source_hash(target: str, *more: str, data: str = "") -> str:
     """Sixteen hex digits over the target's name and the sources of its package folder, so that a helper that changed
-    beside the kernel changes the hash too. A target without a source file hashes its name alone."""
-    digest = hashlib.sha256(target.encode())
-    path = source_file(target)
-    if path is not None:
-        for file in sorted(path.parent.glob("*.py")) or [path]:
-            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    beside the kernel changes the hash too; over those of `more` targets and over `data`, where given. A target without
+    a source file hashes its name alone."""
+    digest, folders = hashlib.sha256(), set()
+    for name in (target, *more):
+        digest.update(name.encode())
+        path = source_file(name)
+        if path is not None and path.parent not in folders:
+            folders.add(path.parent)
+            for file in sorted(path.parent.glob("*.py")) or [path]:
+                digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    digest.update(data.encode())
     return digest.hexdigest()[:16]

@@ -27,7 +27,7 @@ from .traits.trait import written
 PASSED, FAILED, NOT_RUN = "passed", "failed", "not run"
 BUDGET = 48  # points run per implementation, beside the refusals, which cost nothing
 UNDECIDED_LIMIT = 0.01  # of the rows of model workloads; above it the comparison would pass for want of decisions
-_UNDECIDED_SLACK = 2  # rows that may be undecided however few were judged
+UNDECIDED_SLACK = 2  # rows that may be undecided however few were judged
 _TOKENS = (33, 1, 64, 17, 5)
 _TOKENS_CAP = {"interpreter": 300, "cpu": 20_000}  # more points of larger calls would take minutes there
 _TOKENS_MOST = {"interpreter": 12_288, "cpu": 100_000}  # the few points of a box that asks for more than the cap have
@@ -185,7 +185,7 @@ class _Verifier:
                 judged += row.rows
                 undecided += round(row.undecided * row.rows)
             yield row
-        if undecided > max(_UNDECIDED_SLACK, UNDECIDED_LIMIT * judged):
+        if undecided > max(UNDECIDED_SLACK, UNDECIDED_LIMIT * judged):
             yield self._row(implementation, "all", "", FAILED, f"{undecided} of {judged} rows of model workloads were "
                             "undecided: the comparison proves too little")
         for point in found.outside[:2 * self.budget]:

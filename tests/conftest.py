@@ -15,7 +15,8 @@ from kernel_registry.traits.platform import detect
 
 if detect().kind not in ("cuda", "hip"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
-os.environ.pop("KERNEL_REGISTRY_OVERRIDES", None)  # a developer's own overrides are not what is tested
+for name in ("KERNEL_REGISTRY_OVERRIDES", "KERNEL_REGISTRY_TILES"):
+    os.environ.pop(name, None)  # a developer's own files are not what is tested
 
 OP = "toy.op"
 _numbers = itertools.count()

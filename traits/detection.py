@@ -26,17 +26,25 @@ _TRUE = ("1", "true", "yes", "on", "y")  # as triton.knobs reads an environment 
 
 
 class Gpu(NamedTuple):
-    """A device as its driver lists it; `platform` is None for one that is present but could not be read."""
+    """A device as its driver lists it; `platform` is None for one that is present but could not be read. `name` is what
+    torch calls it, "" where only torch could tell."""
 
     uuid: str
     platform: Platform | None
+    name: str = ""
 
 
-def look(environ: Mapping[str, str] | None = None, modules: Mapping[str, object] | None = None,
+def look(*world, **more) -> tuple[Platform, str]:
+    """The platform and the reason in words. The arguments are those of `find`."""
+    found, reason = find(*world, **more)
+    return found.platform, reason
+
+
+def find(environ: Mapping[str, str] | None = None, modules: Mapping[str, object] | None = None,
          load_nvml: Callable[[], object] | None = None,
          topology: str | os.PathLike = "/sys/class/kfd/kfd/topology/nodes",
-         kfd: str | os.PathLike = "/dev/kfd") -> tuple[Platform, str]:
-    """The platform and the reason in words. The arguments are the world, for tests: the environment, the imported
+         kfd: str | os.PathLike = "/dev/kfd") -> tuple[Gpu, str]:
+    """The device and the reason in words. The arguments are the world, for tests: the environment, the imported
     modules, what loads NVML (a ctypes library; OSError when there is none), AMD's topology folder and device file."""
     environ = os.environ if environ is None else environ
     modules = sys.modules if modules is None else modules
@@ -44,33 +52,33 @@ def look(environ: Mapping[str, str] | None = None, modules: Mapping[str, object]
     for step in (lambda: _interpreter(environ), lambda: _torch(modules),
                  lambda: _nvidia(environ, load_nvml or _load_nvml), lambda: _amd(environ, Path(topology), kfd)):
         try:
-            platform, reason = step()
+            found, reason = step()
         except Exception as error:  # a driver may fail in any way, and a machine that can't be read is a cpu
-            platform, reason = None, f"{type(error).__name__}: {error}"
-        if platform is not None:
-            return platform, reason
+            found, reason = None, f"{type(error).__name__}: {error}"
+        if found is not None:
+            return found, reason
         if reason:
             reasons.append(reason)
-    return Platform("cpu"), "; ".join(reasons) or "no GPU was found"
+    return Gpu("", Platform("cpu"), "cpu"), "; ".join(reasons) or "no GPU was found"
 
 
-def _interpreter(environ) -> tuple[Platform | None, str]:
+def _interpreter(environ) -> tuple[Gpu | None, str]:
     value = environ.get("TRITON_INTERPRET", "")
     if value.lower() in _TRUE:
-        return Platform("interpreter"), f"TRITON_INTERPRET={value}"
+        return Gpu("", Platform("interpreter"), "interpreter"), f"TRITON_INTERPRET={value}"
     return None, ""
 
 
-def _torch(modules) -> tuple[Platform | None, str]:
+def _torch(modules) -> tuple[Gpu | None, str]:
     cuda = getattr(modules.get("torch"), "cuda", None)
     if cuda is None or not cuda.is_initialized():
         return None, ""
     properties = cuda.get_device_properties(cuda.current_device())
     if getattr(modules["torch"].version, "hip", None):
         name = properties.gcnArchName.partition(":")[0]  # "gfx942:sramecc+:xnack-"
-        return Platform.parse(name), f"torch's current device is {name}"
-    return (Platform("cuda", (int(properties.major), int(properties.minor))),
-            f"torch's current device is {properties.name}")
+        return Gpu("", Platform.parse(name), getattr(properties, "name", "")), f"torch's current device is {name}"
+    platform = Platform("cuda", (int(properties.major), int(properties.minor)))
+    return Gpu("", platform, properties.name), f"torch's current device is {properties.name}"
 
 
 # ---- NVIDIA ----------------------------------------------------------------------------------------------------------
@@ -81,7 +89,7 @@ def _load_nvml():
     return ctypes.CDLL("libnvidia-ml.so.1")
 
 
-def _nvidia(environ, load_nvml) -> tuple[Platform | None, str]:
+def _nvidia(environ, load_nvml) -> tuple[Gpu | None, str]:
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and _first(visible) in _NO_DEVICES:
         return None, f"CUDA_VISIBLE_DEVICES={visible!r} hides every NVIDIA GPU"
@@ -116,10 +124,16 @@ def _nvml_devices(library) -> list[Gpu]:
 def _nvml_device(library, handle) -> Gpu:
     import ctypes
 
-    major, minor, uuid = ctypes.c_int(), ctypes.c_int(), ctypes.create_string_buffer(96)
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    uuid, name = ctypes.create_string_buffer(96), ctypes.create_string_buffer(96)
     _call(library, "nvmlDeviceGetCudaComputeCapability", handle, ctypes.byref(major), ctypes.byref(minor))
     _call(library, "nvmlDeviceGetUUID", handle, uuid, ctypes.c_uint(96))
-    return Gpu(uuid.value.decode("ascii", "replace"), Platform("cuda", (major.value, minor.value)))
+    try:
+        _call(library, "nvmlDeviceGetName", handle, name, ctypes.c_uint(96))
+    except (NvmlError, AttributeError):  # the architecture is what matters
+        pass
+    return Gpu(uuid.value.decode("ascii", "replace"), Platform("cuda", (major.value, minor.value)),
+               name.value.decode("ascii", "replace"))
 
 
 def _nvml_parent(library, mig_uuid: str) -> Gpu:
@@ -144,7 +158,7 @@ def _call(library, function: str, *arguments) -> None:
 
 # ---- AMD -------------------------------------------------------------------------------------------------------------
 
-def _amd(environ, topology: Path, kfd) -> tuple[Platform | None, str]:
+def _amd(environ, topology: Path, kfd) -> tuple[Gpu | None, str]:
     gpus = _kfd_devices(topology)
     if not gpus:
         return None, "no AMD GPU" + ("" if topology.is_dir() else " (no amdgpu driver)")
@@ -184,7 +198,7 @@ def _kfd_devices(topology: Path) -> list[Gpu]:
 # ---- which of the devices --------------------------------------------------------------------------------------------
 
 def _choose(gpus: list[Gpu], visible: str | None, variable: str, source: str,
-            parent: Callable[[str], Gpu] | None = None) -> tuple[Platform | None, str]:
+            parent: Callable[[str], Gpu] | None = None) -> tuple[Gpu | None, str]:
     """The first device that `visible`, the value of `variable`, lets a process see."""
     if not gpus:
         return None, f"{source} lists no device"
@@ -194,7 +208,9 @@ def _choose(gpus: list[Gpu], visible: str | None, variable: str, source: str,
         return None, f"{variable}={visible!r} names none of the {len(gpus)} devices of {source}"
     if gpu.platform is None:
         return None, f"{source} could not read device {entry}"
-    return gpu.platform, f"{source}: device {entry}" + (f" of {len(gpus)}" if len(gpus) > 1 else "") + (
+    if entry.startswith("MIG-"):
+        gpu = gpu._replace(name="")  # torch calls the instance otherwise than the GPU that it is a part of
+    return gpu, f"{source}: device {entry}" + (f" of {len(gpus)}" if len(gpus) > 1 else "") + (
         f" ({variable}={visible})" if visible is not None else "")
 
 

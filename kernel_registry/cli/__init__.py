@@ -14,7 +14,7 @@ from ..errors import RegistryError
 
 _COMMANDS = {  # command -> module; the order is the order of --help
     "list": "listing", "explain": "explaining", "plan": "plans", "diff": "plans", "run": "running", "lint": "linting",
-    "verify": "verifying", "bench": "benching", "schema": "schemas",
+    "verify": "verifying", "bench": "benching", "tune": "tuning", "schema": "schemas",
 }
 
 

@@ -21,7 +21,7 @@ from .common import interpret_option, open_registry, registry_options, table, wr
 @interpret_option
 @registry_options
 def bench_command(ops, implementations, workloads, tokens, seconds: float, json_file: str | None,
-                  registry_file: str | None, overrides: tuple[str, ...]) -> None:
+                  registry_file: str | None, overrides: tuple[str, ...], tiles: tuple[str, ...]) -> None:
     """Time per call of every implementation that runs here, its ratio to the reference timed beside it, and the regret
     of the registry's choice: its time over the best one's.
 
@@ -33,7 +33,7 @@ def bench_command(ops, implementations, workloads, tokens, seconds: float, json_
     """
     from ..bench import bench, to_json
 
-    registry = open_registry(registry_file, overrides)
+    registry = open_registry(registry_file, overrides, tiles)
     rows = bench(registry, ops=ops, implementations=implementations, workloads=workloads, tokens=tokens,
                  seconds=seconds)
     if json_file:

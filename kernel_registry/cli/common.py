@@ -17,18 +17,22 @@ _STYLES = {"passed": "green", "failed": "bold red", "not run": "yellow"}
 
 
 def registry_options(command: Callable) -> Callable:
-    """Adds --registry and --overrides."""
+    """Adds --registry, --overrides and --tiles."""
+    command = click.option("--tiles", multiple=True, metavar="FILE",
+                           help="A tiles file; may be repeated, later ones are stronger.")(command)
     command = click.option("--overrides", multiple=True, metavar="FILE",
                            help="An override file; may be repeated, later ones are stronger.")(command)
     return click.option("--registry", "registry_file", metavar="FILE", help="A registry file instead of the shipped "
                         "one.")(command)
 
 
-def open_registry(registry_file: str | None, overrides: Sequence[str]) -> Registry:
+def open_registry(registry_file: str | None, overrides: Sequence[str], tiles: Sequence[str]) -> Registry:
     """The registry that the options describe."""
     registry = Registry(registry_file)
     for path in overrides:
         registry.load_overrides(path)
+    for path in tiles:
+        registry.load_tiles(path)
     return registry
 
 

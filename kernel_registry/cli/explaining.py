@@ -22,7 +22,7 @@ from .common import near, open_registry, registry_options
 @click.pass_context
 def explain_command(ctx: click.Context, op: str, traits: tuple[str, ...], config: str | None,
                     implementation: str | None, as_json: bool, registry_file: str | None,
-                    overrides: tuple[str, ...]) -> None:
+                    overrides: tuple[str, ...], tiles: tuple[str, ...]) -> None:
     """Which implementation serves OP for these traits, and what every other one lacks.
 
     Marks: * chosen, ~ one predicate away from being chosen, x refused. Exits 1 when nothing serves the call.
@@ -32,9 +32,9 @@ def explain_command(ctx: click.Context, op: str, traits: tuple[str, ...], config
       kernel-registry explain moe.topk num_experts=256 num_expert_group=8 topk_group=4 topk=8 platform=sm_90
       kernel-registry explain moe.topk --config deepseek-v3 dtype=bfloat16
     """
-    registry = open_registry(registry_file, overrides)
+    registry = open_registry(registry_file, overrides, tiles)
     owner = registry.catalog.op(op)
-    calls = _workloads(owner, config) if config else [{}]
+    calls = model_calls(owner, config) if config else [{}]
     given = parse_traits(owner, traits)
     explanations = [registry.explain(op, implementation=implementation, **{**call, **given}) for call in calls]
     if as_json:
@@ -69,7 +69,7 @@ def _value(kind: str, text: str) -> object:
     return {"true": True, "false": False}.get(text.lower(), text) if kind == "bool" else text
 
 
-def _workloads(op: Op, config: str) -> list[dict[str, object]]:
+def model_calls(op: Op, config: str) -> list[dict[str, object]]:
     from ..planning import read_config
 
     found = [dict(workload.traits) for workload in op.contract.workloads(read_config(config))]

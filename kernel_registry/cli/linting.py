@@ -13,7 +13,7 @@ from .common import near, open_registry, registry_options
 @registry_options
 @click.pass_context
 def lint_command(ctx: click.Context, file: str | None, strict: bool, registry_file: str | None,
-                 overrides: tuple[str, ...]) -> None:
+                 overrides: tuple[str, ...], tiles: tuple[str, ...]) -> None:
     """Checks a registry file, or everything that is loaded, without a GPU and without importing a kernel.
 
     Finds ambiguities, entries that are never chosen, boxes that hold nothing, missing modules and calls that nothing
@@ -27,13 +27,16 @@ def lint_command(ctx: click.Context, file: str | None, strict: bool, registry_fi
 
     if file and registry_file:
         raise click.UsageError("give FILE or --registry, not both")
-    if file and overrides:
-        raise click.UsageError("FILE is checked on its own; with overrides, check what is loaded: --registry FILE")
+    if file and (overrides or tiles):
+        raise click.UsageError("FILE is checked on its own; with overrides and tiles, check what is loaded: "
+                               "--registry FILE")
     if file:
         findings = lint_file(file)
     else:
         try:
-            findings = lint_catalog(open_registry(registry_file, overrides).catalog)
+            registry = open_registry(registry_file, overrides, tiles)
+            registry.state.tuned.read()  # a tiles file is read when a kernel asks for it, or here
+            findings = lint_catalog(registry.catalog)
         except RegistryError as error:
             hint = f" ({error.hint})" if error.hint else ""
             findings = [Finding("error", str(error.where or "registry"), error.message + hint)]

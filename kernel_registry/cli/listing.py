@@ -11,13 +11,13 @@ from .common import open_registry, registry_options, table
 @click.command("list", short_help="What exists: ops, implementations, traits.")
 @click.argument("op", required=False)
 @registry_options
-def list_command(op: str | None, registry_file: str | None, overrides: tuple[str, ...]) -> None:
+def list_command(op: str | None, registry_file: str | None, overrides: tuple[str, ...], tiles: tuple[str, ...]) -> None:
     """Ops and their implementations, in the order in which they are asked. With OP, also its traits.
 
     \b
     Example: kernel-registry list moe.topk
     """
-    registry = open_registry(registry_file, overrides)
+    registry = open_registry(registry_file, overrides, tiles)
     ops = [registry.catalog.op(op)] if op else list(registry.catalog.ops.values())
     table(("op", "implementation", "platforms", "what it is", "declared at"),
           [(o.name, i.name + " (fallback)" * i.fallback, i.box.sets.get("platform", "any"), _what(i), i.where)

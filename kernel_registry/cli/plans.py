@@ -18,7 +18,7 @@ from .common import call_line, complain, near, open_registry, registry_options, 
 @registry_options
 @click.pass_context
 def plan_command(ctx: click.Context, configs: tuple[str, ...], platforms: tuple[str, ...], json_file: str | None,
-                 registry_file: str | None, overrides: tuple[str, ...]) -> None:
+                 registry_file: str | None, overrides: tuple[str, ...], tiles: tuple[str, ...]) -> None:
     """Which kernel each op of a model gets, and why. Runs nothing, so any platform can be planned for anywhere.
 
     CONFIG is a Hugging Face config.json, its folder, or the name of a shipped model.
@@ -28,7 +28,7 @@ def plan_command(ctx: click.Context, configs: tuple[str, ...], platforms: tuple[
       kernel-registry plan deepseek-v3 --platform sm_90 --platform gfx950
       kernel-registry plan ./my-model/config.json --json plan.json
     """
-    registry = open_registry(registry_file, overrides)
+    registry = open_registry(registry_file, overrides, tiles)
     if json_file and (len(configs) > 1 or len(platforms) > 1):
         raise click.UsageError("--json holds the plan of one CONFIG on one --platform")
     failed = False

@@ -17,7 +17,7 @@ from .common import call_line, interpret_option, open_registry, registry_options
 @registry_options
 @click.pass_context
 def run_command(ctx: click.Context, config: str, tokens: tuple[int, ...], seed: int, registry_file: str | None,
-                overrides: tuple[str, ...]) -> None:
+                overrides: tuple[str, ...], tiles: tuple[str, ...]) -> None:
     """Dispatches and executes each op of a model on this machine, on random inputs, and checks the results against the
     op's oracle. Exits 1 when a check fails.
 
@@ -27,7 +27,7 @@ def run_command(ctx: click.Context, config: str, tokens: tuple[int, ...], seed: 
     from ..planning import plan_model, read_config
     from ..run import run_model
 
-    registry = open_registry(registry_file, overrides)
+    registry = open_registry(registry_file, overrides, tiles)
     model = read_config(config)
     planned = plan_model(registry, model)
     if not planned:

@@ -8,8 +8,9 @@ import click
 
 
 @click.command("schema", short_help="JSON Schema of the files, for editors.")
-@click.option("--overrides", is_flag=True, help="Of an override file instead of a registry file.")
-def schema_command(overrides: bool) -> None:
+@click.option("--overrides", "kind", flag_value="overrides", help="Of an override file instead of a registry file.")
+@click.option("--tiles", "kind", flag_value="tiles", help="Of a tiles file.")
+def schema_command(kind: str | None) -> None:
     """Prints the JSON Schema of a registry file, so that an editor can complete and check it.
 
     \b
@@ -17,4 +18,4 @@ def schema_command(overrides: bool) -> None:
     """
     from ..schema import json_schema
 
-    click.echo(json.dumps(json_schema("overrides" if overrides else "registry"), indent=2))
+    click.echo(json.dumps(json_schema(kind or "registry"), indent=2))

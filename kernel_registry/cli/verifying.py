@@ -23,7 +23,8 @@ _SHOWN = 20  # failures told in full
 @registry_options
 @click.pass_context
 def verify_command(ctx: click.Context, ops: tuple[str, ...], implementations: tuple[str, ...], budget: int | None,
-                   seed: int, json_file: str | None, registry_file: str | None, overrides: tuple[str, ...]) -> None:
+                   seed: int, json_file: str | None, registry_file: str | None, overrides: tuple[str, ...],
+                   tiles: tuple[str, ...]) -> None:
     """Runs every implementation inside, on the edges of and just outside what it declares, and on model workloads.
 
     Results are judged by the op's oracle; calls outside must be refused. What can't run on this machine is reported as
@@ -34,7 +35,7 @@ def verify_command(ctx: click.Context, ops: tuple[str, ...], implementations: tu
     """
     from ..verify import BUDGET, verify
 
-    registry = open_registry(registry_file, overrides)
+    registry = open_registry(registry_file, overrides, tiles)
     report = verify(registry, ops=ops, implementations=implementations, budget=budget or BUDGET, seed=seed)
     if json_file:
         write(report.json(), json_file)

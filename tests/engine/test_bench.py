@@ -111,11 +111,11 @@ def has_gpu():
 def test_on_a_gpu_a_captured_graph_is_timed_and_what_can_not_be_captured_is_launched():
     import torch
 
-    from kernel_registry.bench import _measure
+    from kernel_registry.bench import measure
 
     data = [torch.zeros(1024, device="cuda") for _ in range(8)]
     calls = {"captured": [lambda x=x: x.add_(1) for x in data],
              "synchronising": [lambda x=x: x.sum().item() for x in data]}
-    times, method = _measure(calls, "cuda", 0.05)
+    times, method = measure(calls, "cuda", 0.05)
     assert method == {"captured": "cuda graph", "synchronising": "cuda events"}
     assert 0 < times["captured"] < times["synchronising"]

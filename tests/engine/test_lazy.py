@@ -42,6 +42,8 @@ LOADED = (
             "pydantic yaml",
         ),
         ("from kernel_registry import registry; registry.freeze(); registry.reload()", "pydantic yaml"),
+        ("import kernel_registry as k; k.registry.load_tiles(k.shipped_registry().with_name('tiles.yaml'))",
+         "pydantic yaml"),
         ("from kernel_registry import registry\nwith registry.override('moe.topk', 'torch'): pass", "pydantic yaml"),
     ],
 )

@@ -17,7 +17,10 @@ from kernel_registry.schema import (
     OverrideEntry,
     OverrideFile,
     RegistryFile,
+    TilesEntry,
+    TilesFile,
     VariantEntry,
+    Versions,
     json_schema,
 )
 from kernel_registry.traits.trait import KINDS, TYPES, Trait
@@ -38,7 +41,8 @@ def reads(*, without=()) -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize(
-    "model", [RegistryFile, OpEntry, ImplementationEntry, VariantEntry, OverrideFile, OverrideEntry]
+    "model",
+    [RegistryFile, OpEntry, ImplementationEntry, VariantEntry, OverrideFile, OverrideEntry, TilesFile, TilesEntry],
 )
 def test_every_key_of_a_file_is_read(model):
     readers = reads(without=("schema.py",))
@@ -59,6 +63,7 @@ EFFECTS = {
     "fallback": ({"when": {}, "fallback": True}, lambda r, op: r.catalog.op(op).by_name["a"].precedence),
     "numerics": ({"numerics": "bits"}, lambda r, op: r.catalog.op(op).by_name["a"].numerics),
     "accepts_output_alias": ({"accepts_output_alias": True}, lambda r, op: r.catalog),  # see also test_aliasing
+    "tiles": ({"tiles": "some.module"}, lambda r, op: r.dispatch(op, size=8).name),
     "variants": ({"variants": {"many": {"when": {"num_tokens": {"min": 9}}}}}, lambda r, op: r.bind(op, size=8).name),
 }
 
@@ -79,6 +84,12 @@ def test_every_key_of_an_implementation_has_an_effect(toy, key):
             return type(error)
 
     assert seen({**BASE, **entry}) != seen(BASE)
+
+
+def test_the_versions_of_a_row_are_those_that_are_compared():
+    from kernel_registry.tile_files import PACKAGES
+
+    assert tuple(Versions.model_fields) == PACKAGES
 
 
 def test_every_key_of_an_implementation_is_tested_for_its_effect():
@@ -151,6 +162,7 @@ def test_the_json_schema_has_exactly_the_keys_that_are_read():
     for kind, top, entry in (
         ("registry", RegistryFile, ImplementationEntry),
         ("overrides", OverrideFile, OverrideEntry),
+        ("tiles", TilesFile, TilesEntry),
     ):
         schema = json_schema(kind)
         assert schema["$schema"].startswith("https://json-schema.org/") and set(schema["properties"]) == set(

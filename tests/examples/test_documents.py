@@ -32,7 +32,7 @@ FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.M | re.S)
 
 def test_the_pages_are_there():
     assert {"README.md", "docs/concepts.md", "docs/registry.md", "docs/add_a_kernel.md", "docs/overrides.md",
-            "docs/moe_topk.md", "docs/moe_experts.md", "docs/benchmarks.md"} <= set(PAGES)
+            "docs/moe_topk.md", "docs/moe_experts.md", "docs/tiles.md", "docs/benchmarks.md"} <= set(PAGES)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -45,7 +45,7 @@ def test_what_a_page_shows_is_what_happens(page):
 def test_the_executed_pages_have_something_to_execute():
     """Against a fence that is not recognised: the page would pass with nothing run."""
     for page in ("README.md", "docs/concepts.md", "docs/add_a_kernel.md", "docs/overrides.md", "docs/moe_topk.md",
-                 "docs/moe_experts.md"):
+                 "docs/moe_experts.md", "docs/tiles.md"):
         infos = [info.split() for info, _ in FENCE.findall(PAGES[page].read_text(encoding="utf-8"))]
         assert sum("run" in info or info[:1] == ["console"] for info in infos) >= 1, page
         for info in infos:
@@ -89,6 +89,8 @@ def test_yaml_blocks_are_valid_files(page, tmp_path):
             parsed = document.parse(body, page)
             if "\nops:" in body:
                 build([(parsed, schema.validate(schema.RegistryFile, parsed).ops)])
+            elif "\ntiles:" in body:
+                schema.validate(schema.TilesFile, parsed)
             else:
                 schema.validate(schema.OverrideFile, parsed)
 

@@ -34,7 +34,7 @@ def tracked() -> list[str]:
 
 def run(*command, cwd: Path, expect: int = 0, **environment: str) -> str:
     """The command's stdout. Nothing of the checkout is importable unless `environment` says so."""
-    unset = ("PYTHONPATH", "KERNEL_REGISTRY_OVERRIDES", "TRITON_INTERPRET")
+    unset = ("PYTHONPATH", "KERNEL_REGISTRY_OVERRIDES", "KERNEL_REGISTRY_TILES", "TRITON_INTERPRET")
     env = {k: v for k, v in os.environ.items() if k not in unset}
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=300, cwd=cwd,
                           env={**env, "PIP_DISABLE_PIP_VERSION_CHECK": "1", **environment})
@@ -135,8 +135,9 @@ def installed(request):
 def test_the_wheel_holds_the_tracked_package_files_and_nothing_else(built):
     def place_in_wheel(path: str) -> str:
         return path if path.startswith("kernel_registry/") else f"kernel_registry/{path}"
+    defaults = {f"kernel_registry/defaults/{name}.yaml" for name in ("registry", "tiles")}
     expected = {place_in_wheel(p) for p in tracked() if p.startswith(("kernel_registry/", "ops/", "traits/"))
-                and p.endswith((".py", ".json", ".yaml", "py.typed"))} | {"kernel_registry/defaults/registry.yaml"}
+                and p.endswith((".py", ".json", ".yaml", "py.typed"))} | defaults
     names = {n for n in zipfile.ZipFile(built.wheel).namelist() if ".dist-info/" not in n}
     assert names == expected
     assert {n.partition("/")[0] for n in names} == {"kernel_registry"}

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernel_registry.traits.detection import look
+from kernel_registry.traits.detection import find, look
 from kernel_registry.traits.platform import Platform, detect, detect_with_reason
 
 UUIDS = ["GPU-aaaa1111-0000", "GPU-bbbb2222-0000", "GPU-bbbb3333-0000"]
@@ -50,6 +50,10 @@ class FakeNvml:
 
     def _nvmlDeviceGetUUID(self, handle, buffer, size):
         buffer.value = UUIDS[handle.value - 1000].encode()
+        return 0
+
+    def _nvmlDeviceGetName(self, handle, buffer, size):
+        buffer.value = f"NVIDIA {handle.value - 1000}".encode()
         return 0
 
     def _nvmlDeviceGetHandleByUUID(self, uuid, handle):
@@ -173,6 +177,28 @@ def test_cuda_visible_devices(visible, expected):
     platform, reason = see({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}, nvml)
     assert platform == expected
     assert visible is None or expected != "cpu" or visible in reason or "failed" in reason
+
+
+@pytest.mark.parametrize(
+    "visible, name", [(None, "NVIDIA 0"), ("2,0", "NVIDIA 2"), (MIG, ""), (f"MIG-{UUIDS[2]}/3/0", "")]
+)
+def test_the_name_of_the_device(visible, name):
+    """A part of a GPU has a name of its own, which the driver's name of the whole is not."""
+    environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    nvml = FakeNvml([(9, 0), (10, 0), (12, 0)], mig_parent=1)
+    assert find(environ, {}, lambda: nvml)[0].name == name
+
+
+def test_a_name_that_can_not_be_read_hides_nothing():
+    nvml = FakeNvml([(9, 0)], fail=("nvmlDeviceGetName",))
+    assert find({}, {}, lambda: nvml)[0][1:] == (Platform.parse("sm_90"), "")
+
+
+def test_names_without_a_driver():
+    assert find({"TRITON_INTERPRET": "1"}, {}, no_nvml)[0].name == "interpreter"
+    assert find({}, {}, no_nvml, "/nonexistent", "/nonexistent")[0].name == "cpu"
+    modules = fake_torch(major=9, minor=0, name="NVIDIA H200")
+    assert find({}, modules, lambda: FakeNvml([(9, 0)]))[0].name == "NVIDIA H200"
 
 
 def test_nvml_is_shut_down_whatever_happens():
