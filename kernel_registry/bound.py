@@ -15,7 +15,7 @@ from typing import Callable, Mapping
 
 from . import aliasing, targets
 from .catalog import Implementation, Op
-from .contract import Request
+from .contract import Contract, Request
 from .errors import TargetError, suggestion
 from .selection import Table, one_name
 from .tiles import Tiling, chooser
@@ -80,7 +80,7 @@ def make_call(op: Op, request: Request, table: Table, made: dict[str, Callable],
         if implementation.name not in made:
             tiles = chooser(op, implementation, request, tilings.get(implementation.name)) \
                 if implementation.tiles else None
-            made[implementation.name] = make_kernel(op, implementation, request, tiles)
+            made[implementation.name] = make_kernel(implementation, request, tiles, op.contract)
         return made[implementation.name]
     reader = op.contract.dynamic[table.trait]
     first = next(iter(inspect.signature(op.contract.signature).parameters))
@@ -105,13 +105,15 @@ def make_call(op: Op, request: Request, table: Table, made: dict[str, Callable],
     return by_range
 
 
-def make_kernel(op: Op, implementation: Implementation, request: Request,
-                tiles: Callable[[int], Mapping[str, object]] | None = None) -> Callable:
+def make_kernel(implementation: Implementation, request: Request,
+                tiles: Callable[[int], Mapping[str, object]] | None = None,
+                contract: type[Contract] | None = None) -> Callable:
     """Imports the target and calls it with the traits it names, the options of its entry, and `tiles` where it takes
     tiles: the one place where a kernel comes to be. An option has to be named too: `**` would swallow one that nothing
     reads.
 
-    Where the call brings `out`, what is returned is the kernel behind aliasing.py's decision."""
+    Where the call brings `out`, what is returned is the kernel behind aliasing.py's decision, for which it takes the
+    op's `contract`."""
     options = {**implementation.options, **({"tiles": tiles} if implementation.tiles else {})}
     factory = targets.load(implementation.target, implementation.where)
     static = {name: value for name, value in request.traits.items() if name not in request.open}
@@ -139,4 +141,4 @@ def make_kernel(op: Op, implementation: Implementation, request: Request,
     if not callable(kernel):
         raise TargetError(f"{implementation.target} returned {type(kernel).__name__}, not a kernel to call",
                           where=implementation.where, hint="a target takes the traits and returns a function")
-    return aliasing.delivering(kernel, op.contract, accepts=accepts) if brings_out else kernel
+    return aliasing.delivering(kernel, contract, accepts=accepts) if brings_out else kernel

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Iterator, Mapping
 
+from . import aliasing
 from .catalog import Catalog, Op
 from .contract import TraitSpace
 from .document import Document, parse, read, write_whole
@@ -48,9 +49,9 @@ class Row:
 
 
 def static_traits(space: TraitSpace, traits: Mapping[str, object]) -> dict[str, object]:
-    """Those of a request's canonical `traits` that a row is for."""
+    """Those of a request's canonical `traits` that a row is for. Where the result goes makes no other tile fast."""
     return {name: traits[name] for name, trait in space.traits.items()
-            if trait.type != "platform" and not trait.dynamic}
+            if trait.type != "platform" and not trait.dynamic and name != aliasing.TRAIT}
 
 
 def installed() -> dict[str, str]:

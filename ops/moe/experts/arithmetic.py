@@ -1,7 +1,7 @@
 """What the expert kernels compute with: quantised values, one step of a product for each weight format, activations.
 
-Everything is float32 once it has left a matrix unit; nothing here rounds but the quantisers, whose arithmetic is that of
-formats.py: IEEE divisions, to nearest even.
+Everything is float32 once it has left a matrix unit; nothing here rounds but the quantisers, whose arithmetic is that
+of formats.py: IEEE divisions, to nearest even.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def to_fp8(x):
 
 @triton.jit
 def sigmoid(x, PTX: tl.constexpr):
-    """1 / (1 + exp(-x)) to about two units in the last place. The plain form takes NVIDIA's compiler three times as many
+    """1 / (1 + exp(-x)) to a few units in the last place. The plain form takes NVIDIA's compiler three times as many
     instructions, for denormal numbers that make no difference here."""
     if PTX:
         return tl.inline_asm_elementwise("""{
@@ -70,7 +70,7 @@ def scale_of(largest, KIND: tl.constexpr):
 
 @triton.jit
 def divided(x, y):
-    """x / y to nearest even, for finite y far from the ends of float32: as tl.div_rn, without its branch for the rest."""
+    """x / y to nearest even, for finite y far from the ends of float32: tl.div_rn without its branch for the rest."""
     reciprocal = 1.0 / y
     quotient = x * reciprocal
     return tl.fma(tl.fma(-quotient, y, x), reciprocal, quotient)

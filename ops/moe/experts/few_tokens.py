@@ -93,8 +93,8 @@ def pair_up(hidden, row_stride, w13, w13_scale, w13_bias, topk_weights, topk_ids
 
 
 @triton.jit(do_not_specialize=["map_size"])
-def pair_down(act, w2, w2_scale, w2_bias, topk_weights, topk_ids, expert_map, map_size, out, out_stride, TOPK: tl.constexpr,
-              SLOTS: tl.constexpr, NUM_EXPERTS: tl.constexpr, HIDDEN: tl.constexpr,
+def pair_down(act, w2, w2_scale, w2_bias, topk_weights, topk_ids, expert_map, map_size, out, out_stride,
+              TOPK: tl.constexpr, SLOTS: tl.constexpr, NUM_EXPERTS: tl.constexpr, HIDDEN: tl.constexpr,
               INTERMEDIATE: tl.constexpr, FORMAT: tl.constexpr, GROUP: tl.constexpr, WEIGHT_ON_INPUT: tl.constexpr,
               BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DEPENDENT: tl.constexpr):
     """out [T, H]. Grid: (tokens, tiles of N)."""

@@ -26,8 +26,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .oracle_numbers import (HALVED_FROM, ROW_ROUNDING, SPREADS, U, Value, activated, exactly, operand, plus, product, times,
-                             weights64)
+from .oracle_numbers import (HALVED_FROM, ROW_ROUNDING, SPREADS, U, Value, activated, exactly, operand, plus, product,
+                             times, weights64)
 
 RMS_RATIO = 1.15
 _ELEMENTS = 300

@@ -60,3 +60,41 @@ def default(traits: Mapping[str, object], num_tokens: int) -> dict[str, object]:
     large = traits["hidden_size"] * traits["intermediate_size"] > 2 ** 24
     return {"BLOCK_M": 128, "up": tile(128, 64, 8, 4, merged=True, tail=tail, group_m=16 if large else 1),
             "down": tile(256, 64, 8, 4, tail=64, group_m=16 if large else 8)}
+
+
+def candidates(traits: Mapping[str, object], num_tokens: int) -> list[dict[str, object]]:
+    """What `kernel-registry tune` tries: each change of the default that has been the best of some shape."""
+    chosen = default(traits, num_tokens)
+    found = [chosen]
+    for up, down in _changes(traits, chosen):
+        tried = {**chosen, "up": {**chosen["up"], **up}, "down": {**chosen["down"], **down}}
+        if tried not in found:
+            found.append(tried)
+    return found
+
+
+def _changes(traits: Mapping[str, object], chosen: Mapping[str, object]):
+    """Pairs of changes, of the first and of the second product's tile."""
+    for stages in (2, 3, 4, 5):
+        yield {"num_stages": stages}, {}
+        yield {}, {"num_stages": stages}
+    for group_m in (1, 4, 8, 16):
+        if chosen["BLOCK_M"] > 16:
+            yield {"GROUP_M": group_m}, {"GROUP_M": group_m}
+    for warps in (4, 8):
+        yield {"num_warps": warps}, {}
+        yield {}, {"num_warps": warps}
+    yield {"MERGED": not chosen["up"]["MERGED"]}, {}
+    yield {}, {"BLOCK_N": 64}
+    yield {}, {"BLOCK_N": 128}
+    yield {}, {"BLOCK_N": 256}
+    if chosen["BLOCK_M"] > 64:
+        yield {"TAIL_M": 64 - chosen["up"]["TAIL_M"]}, {}
+        yield {}, {"TAIL_M": 64 - chosen["down"]["TAIL_M"]}
+    if traits["weight_quant"] == "none":
+        yield {"BLOCK_K": 128, "num_stages": 4}, {}
+        yield {"BLOCK_N": 32, "BLOCK_K": 128, "num_stages": 4, "MERGED": True}, {}
+        yield {}, {"BLOCK_N": 64, "BLOCK_K": 128, "num_stages": 4}
+    elif traits["weight_quant"] == "fp8_block" and traits["group_size"] == 128:
+        yield {"BLOCK_N": 64, "PASSES": 2, "MERGED": True, "num_stages": 6}, {}
+        yield {"BLOCK_N": 128, "PASSES": 1, "MERGED": False}, {}

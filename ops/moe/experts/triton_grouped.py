@@ -19,7 +19,7 @@ from .launch import INTERPRETED, dependent_launch, on_gpu, ptx
 
 FORMATS = {"none": "none", "fp8_block": "fp8_block", "fp8_channel": "fp8", "fp8_tensor": "fp8", "int8_channel": "int8",
            "int8_w8a16": "int8_w8a16", "int4_w4a16": "int4"}
-FEW_ROUTES = 8192  # up to here every program of the alignment reads all ids
+FEW_ROUTES = 2048  # up to here every program of the alignment reads all ids
 COLUMNS = 1024 if INTERPRETED else 256  # that a program sums; the interpreter takes as long over few as over many
 HALF_ROWS = 512  # tokens from which on rows wait for their sum in 16 bits: before, their bytes are few
 
@@ -78,7 +78,7 @@ def experts(*, num_experts, topk, hidden_size, intermediate_size, dtype="bfloat1
         routes = tokens * topk
         most = min(routes, num_experts + routes // block_m)
         few = routes <= FEW_ROUTES
-        chunk = (16 if routes <= 2048 else 32) if few else 256
+        chunk = 16 if few else 256
         chunks = -(-routes // chunk)
         map_size = 0 if expert_map is None else expert_map.shape[0]
 
