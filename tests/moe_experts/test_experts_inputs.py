@@ -49,7 +49,8 @@ BAD = {  # about -> (traits, argument, its value, what the error says)
     "a map unasked": (PLAIN, "expert_map", torch.arange(4), r"expert_map was passed.*expert_parallel=False"),
     "no out": (QUANTISED, "out", None, r"out is missing, dispatched with output_alias=True"),
     "out's dtype": (QUANTISED, "out", torch.zeros(3, 96), r"out is .*float32.*\[3, 96\] bfloat16"),
-    "out's rows": (QUANTISED, "out", lambda device: torch.zeros(96, dtype=bf16, device=device).expand(3, 96), r"rows of out overlap"),
+    "out's rows": (QUANTISED, "out", lambda device: torch.zeros(96, dtype=bf16, device=device).expand(3, 96),
+                   r"rows of out overlap"),
     "an out unasked": (PLAIN, "out", torch.zeros(3, 96, dtype=bf16), r"out was passed.*output_alias=False"),
 }
 POSITIONAL = ("hidden_states", "w13", "w2", "topk_weights", "topk_ids")

@@ -327,13 +327,13 @@ def grouped_up(hidden, hidden_scale, row_stride, w13, w13_scale, w13_bias, topk_
     if TAIL_M > 0 and height <= TAIL_M:
         up_tile(hidden, hidden_scale, row_stride, w13, w13_scale, w13_bias, topk_weights, order, act, act_scale, expert,
                 start, height, tile, num_tokens, num_routes, TOPK, HIDDEN, INTERMEDIATE, INTERLEAVED, FORMAT,
-                PER_TENSOR, GROUP, STATIC, ACTIVATION, WEIGHT_ON_INPUT, TAIL_M if TAIL_M > 0 else 16, BLOCK_N, BLOCK_K, SWAP,
-                DESCRIPTOR, MERGED, PASSES, PTX)
+                PER_TENSOR, GROUP, STATIC, ACTIVATION, WEIGHT_ON_INPUT, TAIL_M if TAIL_M > 0 else 16, BLOCK_N,
+                BLOCK_K, SWAP, DESCRIPTOR, MERGED, PASSES, PTX)
     else:
         up_tile(hidden, hidden_scale, row_stride, w13, w13_scale, w13_bias, topk_weights, order, act, act_scale, expert,
                 start, height, tile, num_tokens, num_routes, TOPK, HIDDEN, INTERMEDIATE, INTERLEAVED, FORMAT,
-                PER_TENSOR, GROUP, STATIC, ACTIVATION, WEIGHT_ON_INPUT, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, DESCRIPTOR, MERGED, PASSES,
-                PTX)
+                PER_TENSOR, GROUP, STATIC, ACTIVATION, WEIGHT_ON_INPUT, BLOCK_M, BLOCK_N, BLOCK_K, SWAP,
+                DESCRIPTOR, MERGED, PASSES, PTX)
 
 
 @triton.jit
