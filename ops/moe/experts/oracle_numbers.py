@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 U = 2.0**-24  # half a unit in the last place of float32, relative
-# An fp8 product sum of Hopper's tensor cores keeps some 13 bits below the largest product of a few dozen.
-FP8_TENSOR_CORES = 2.0**-15
+# An fp8 instruction of Hopper's tensor cores adds 32 products and what was there, each cut to some 13 bits below the
+# largest: 33 cuts of up to 2**-13 of it, which come to about 2**-13 of the root of the sum of squares. Measured on an
+# H200: of 20 layers in three formats all are inside with this, 18 with half, 14 with a quarter.
+FP8_TENSOR_CORES = 2.0**-13
 # With that many tokens a bfloat16 layer's rows may wait for their sum over slots in 11 bits, three more than the result
 # has: half a unit in the last of these, evenly spread. (contract.py says so)
 HALVED_FROM = 512
