@@ -1,0 +1,79 @@
+"""The expert kernels compile ahead of time for the architectures they are declared for, without a GPU.
+
+Compiling is not running: that what comes out is right is tested in the interpreter, and on a GPU where there is one.
+What is read off the result is that it fits: shared memory within what the architecture has, no spilt registers on the
+one that the tiles were chosen on.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+from experts_support import layer
+
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_89": ("cuda", 89, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32),
+           "gfx90a": ("hip", "gfx90a", 64), "gfx942": ("hip", "gfx942", 64), "gfx950": ("hip", "gfx950", 64)}
+SHARED = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx90a": 64, "gfx942": 64, "gfx950": 160}  # KiB
+PLAIN = ("none", "int8_w8a16", "int4")
+ALL = (*PLAIN, "fp8_block", "fp8_channel", "int8_static")
+CODE = '''
+import json, sys
+from contextlib import nullcontext
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from kernel_registry.ops.moe.experts import cases, triton_few_tokens, triton_grouped
+from kernel_registry.traits.platform import Platform
+
+target, arch, calls = json.loads(sys.argv[1])
+
+
+class Driver:  # of a machine that is not here
+    launcher_cls = None
+    get_current_target = staticmethod(lambda: GPUTarget(*target))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device=None: 0)
+    map_python_to_cpp_type = staticmethod(lambda kind: "int")
+
+
+driver.set_active(Driver())
+for module in (triton_grouped, triton_few_tokens):
+    module.on_gpu = lambda device: nullcontext()
+made = []
+JITFunction.__getitem__ = lambda self, grid: lambda *given, **named: made.append(
+    (self.__name__, self.warmup(*given, grid=grid, **named)))
+for module, traits, tokens in calls:
+    args, kwargs = cases.inputs(traits, tokens)
+    {"grouped": triton_grouped, "few": triton_few_tokens}[module].experts(
+        **traits, platform=Platform.parse(arch))(*args, **kwargs)
+    print("RESULT " + json.dumps([[name, kernel.metadata.shared, "launch_dependents" in kernel.asm.get("ptx", "")]
+                                  for name, kernel in made]))
+    made.clear()
+'''
+CHAIN = ["prepare", "grouped_up", "grouped_down", "sum_slots"]
+MANY = ["prepare", "place_chunks", "grouped_up", "grouped_down", "sum_slots"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("arch", TARGETS)
+def test_compiles(arch, python, tmp_path):
+    formats = ALL if arch in ("sm_89", "sm_90", "sm_100") else PLAIN
+    calls = []
+    for format in formats:
+        odd = dict(activation="swigluoai", has_bias=True, expert_parallel=True, dtype="float16")
+        calls.append(("grouped", layer(4, 2, 512, 384, format), 8))
+        calls.append(("grouped", layer(4, 3, 264, 192, format, **odd), 1100))
+        if format in ("none", "fp8_block"):
+            calls.append(("few", layer(4, 2, 512, 384, format), 1))
+    output = python(CODE, json.dumps([TARGETS[arch], arch, calls]), TRITON_CACHE_DIR=str(tmp_path / "cache"))
+    results = [json.loads(line.removeprefix("RESULT ")) for line in output.splitlines() if line.startswith("RESULT ")]
+    assert len(results) == len(calls)
+    for (module, traits, tokens), kernels in zip(calls, results):
+        names = [name for name, *_ in kernels if name != "quantise_rows"]
+        assert names == (["pair_up", "pair_down"] if module == "few" else MANY if tokens > 1000 else CHAIN)
+        for name, shared, dependent in kernels:
+            assert shared <= SHARED[arch] * 1024, (arch, traits, name, shared)
+            assert dependent == (arch in ("sm_90", "sm_100")), "lets the next launch in where the GPU can"
