@@ -67,8 +67,8 @@ def make_layer(c) -> dict[str, torch.Tensor]:
     if c["act_quant"].endswith("_tensor"):
         layer["a13_scale"], layer["a2_scale"] = (torch.full((1,), v, device="cuda") for v in (0.01, 0.02))
     if c["has_bias"]:
-        layer["w13_bias"] = torch.randn(c["num_experts"], 2 * c["intermediate_size"], device="cuda", dtype=torch.bfloat16)
-        layer["w2_bias"] = torch.randn(c["num_experts"], c["hidden_size"], device="cuda", dtype=torch.bfloat16)
+        for name, rows in (("w13_bias", 2 * c["intermediate_size"]), ("w2_bias", c["hidden_size"])):
+            layer[name] = torch.randn(c["num_experts"], rows, device="cuda", dtype=torch.bfloat16)
     return layer
 
 

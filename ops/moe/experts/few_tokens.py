@@ -50,9 +50,11 @@ def pair_up(hidden, row_stride, w13, w13_scale, w13_bias, topk_weights, topk_ids
     gate_at = w13 + expert.to(tl.int64) * (2 * INTERMEDIATE * HIDDEN) + read[:, None] * ROW + columns[None, :]
     if FORMAT == "fp8_block":
         PER_ROW: tl.constexpr = (HIDDEN + GROUP - 1) // GROUP
-        PER_HALF: tl.constexpr = (INTERMEDIATE + GROUP - 1) // GROUP
-        gate_scale = (w13_scale + expert.to(tl.int64) * (2 * PER_HALF * PER_ROW)
-                      + (tl.program_id(1) * BLOCK_N // GROUP) * PER_ROW + columns // GROUP)
+        # A tile's rows lie inside one block of scales: of each half, or, interleaved, of both halves together.
+        HALF_ROWS: tl.constexpr = 0 if INTERLEAVED else (INTERMEDIATE + GROUP - 1) // GROUP
+        ROWS: tl.constexpr = (2 * INTERMEDIATE + GROUP - 1) // GROUP if INTERLEAVED else 2 * HALF_ROWS
+        row = tl.program_id(1) * (2 * BLOCK_N if INTERLEAVED else BLOCK_N) // GROUP
+        gate_scale = w13_scale + (expert.to(tl.int64) * ROWS + row) * PER_ROW + columns // GROUP
     gate = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for k in tl.range(0, HIDDEN, BLOCK_K, num_stages=STAGES):
@@ -70,7 +72,7 @@ def pair_up(hidden, row_stride, w13, w13_scale, w13_bias, topk_weights, topk_ids
             x *= scale
             known = columns < HIDDEN - k
             gate += widen(g) * (x * tl.load(gate_scale + k // GROUP, mask=known, other=0.0))[None, :]
-            up += widen(u) * (x * tl.load(gate_scale + PER_HALF * PER_ROW + k // GROUP, mask=known,
+            up += widen(u) * (x * tl.load(gate_scale + HALF_ROWS * PER_ROW + k // GROUP, mask=known,
                                                   other=0.0))[None, :]
         else:
             gate += widen(g) * x[None, :]

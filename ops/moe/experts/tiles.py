@@ -25,8 +25,10 @@ def default(traits: Mapping[str, object], num_tokens: int) -> dict[str, object]:
     platform, quant, group = traits.get("platform"), traits["weight_quant"], traits["group_size"]
     if platform is not None and platform.kind == "interpreter":  # which takes as long over a small tile as over a large
         step = group if quant in ("fp8_block", "int4_w4a16") else 256
-        return {"BLOCK_M": 16 if rows <= 16 else 64, "up": tile(group if quant == "fp8_block" else 128, step, 4, 1),
-                "down": tile(256, step, 4, 1)}
+        n_up, n_down = (min(1024, 1 << max(4, (size - 1).bit_length()))
+                        for size in (traits["intermediate_size"], traits["hidden_size"]))
+        return {"BLOCK_M": 16 if rows <= 16 else 64, "up": tile(group if quant == "fp8_block" else n_up, step, 4, 1),
+                "down": tile(n_down, step, 4, 1)}
     wide = quant == "fp8_block" and group < 128
     if platform is None or platform.kind != "cuda" or platform.arch[0] != 9:
         step = min(64, group) if quant in ("fp8_block", "int4_w4a16") else 64

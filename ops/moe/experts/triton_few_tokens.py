@@ -61,7 +61,7 @@ def _tiles(blocks: bool, hidden_size: int, intermediate_size: int, group: int) -
     """Launch parameters of both kernels: what was fastest on an H200 (docs/benchmarks.md)."""
     if INTERPRETED:  # which takes as long over a small tile as over a large one
         wide = max(group, 128)
-        return (dict(BLOCK_N=group if blocks else 128, BLOCK_K=wide, STAGES=1, num_warps=4),
+        return (dict(BLOCK_N=group // 2 if blocks else 128, BLOCK_K=wide, STAGES=1, num_warps=4),
                 dict(BLOCK_N=group if blocks else 128, BLOCK_K=wide, num_warps=4))
     if blocks:
         return (dict(BLOCK_N=4, BLOCK_K=1024, STAGES=1, num_warps=4), dict(BLOCK_N=8, BLOCK_K=128, num_warps=4))
