@@ -162,7 +162,7 @@ def test_explain_tells_the_three_choices_and_where_the_result_goes(copying):
     text = layer.explain()
     for op in (TOPK, EXPERTS, FINALIZE):
         assert f"\n{op}(" in text and f"-> {layer.kernels[op].name.split('|')[0]}" in text
-    assert "moe.finalize does not run; with `out`, torch writes into out\n" in text
+    assert f"moe.finalize does not run; with `out`, {layer.kernels[EXPERTS].name} writes into out\n" in text
     assert "the shared expert: before the experts" in text
     assert "with `out`, torch copies into out: a copy follows" in made(registry=copying)[0].explain()
 
