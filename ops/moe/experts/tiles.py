@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from typing import Mapping
 
-FRESH = ("fp8_block", "fp8_channel", "fp8_tensor", "int4_w4a16")  # their products are added in a second accumulator
-
 
 def tile(block_n: int, block_k: int, num_warps: int, num_stages: int, *, swap=False, merged=False, tail=0, passes=1,
          group_m=1, descriptor=True) -> dict[str, object]:
@@ -29,7 +27,6 @@ def default(traits: Mapping[str, object], num_tokens: int) -> dict[str, object]:
                         for size in (traits["intermediate_size"], traits["hidden_size"]))
         return {"BLOCK_M": 16 if rows <= 16 else 64, "up": tile(group if quant == "fp8_block" else n_up, step, 4, 1),
                 "down": tile(n_down, step, 4, 1)}
-    wide = quant == "fp8_block" and group < 128
     if platform is None or platform.kind != "cuda" or platform.arch[0] != 9:
         step = min(64, group) if quant in ("fp8_block", "int4_w4a16") else 64
         columns = group if quant == "fp8_block" else 64
@@ -37,18 +34,17 @@ def default(traits: Mapping[str, object], num_tokens: int) -> dict[str, object]:
         return {"BLOCK_M": 16 if rows <= 8 else 64,
                 "up": tile(columns, step, 4 if columns <= 64 else 8, **choice),
                 "down": tile(64, step, 4, **choice)}
-    if quant == "fp8_block":
-        n = group
+    if quant == "fp8_block":  # a program makes whole groups of the second product's input
         if rows <= 24:
-            return {"BLOCK_M": 16 if rows <= 8 else 32, "up": tile(n, n, 4, 3 if wide else 4, swap=True),
-                    "down": tile(128, n, 4, 2, swap=True)}
-        passes = dict(passes=1) if wide else dict(passes=2)
-        return {"BLOCK_M": 64, "up": tile(64, n, 4, 3, merged=True, group_m=4, **passes),
-                "down": tile(128, n, 4, 3, group_m=4)}
+            return {"BLOCK_M": 16 if rows <= 8 else 32, "up": tile(group, group, 4, 4, swap=True),
+                    "down": tile(128, group, 4, 2, swap=True)}
+        columns = min(64, group)
+        return {"BLOCK_M": 64, "up": tile(columns, group, 4, 3, merged=True, group_m=4, passes=group // columns),
+                "down": tile(128, group, 4, 3, group_m=4)}
     if quant == "int4_w4a16":
         step = min(64, group)
         return {"BLOCK_M": 16 if rows <= 16 else 64, "up": tile(64, step, 4, 3), "down": tile(64, step, 4, 3)}
-    if quant in FRESH or quant.startswith("int8"):
+    if quant != "none":
         if rows <= 24:
             return {"BLOCK_M": 16 if rows <= 8 else 32, "up": tile(64, 128, 4, 4), "down": tile(64, 128, 4, 4)}
         return {"BLOCK_M": 64, "up": tile(64, 128, 4, 3, group_m=4), "down": tile(128, 128, 4, 3, group_m=4)}
