@@ -31,10 +31,8 @@ def runs(at, live, first, k, DEPTH: tl.constexpr, STEP: tl.constexpr, GROUP: tl.
 
 
 @triton.jit
-def products(w, w_scale, x, x_scale, COLUMNS: tl.constexpr):
-    """[M, COLUMNS] float32 of w [M, K] and x [COLUMNS, K], or [1, K] for each column, in fp8; a row has one scale."""
-    if x.shape[0] == 1:
-        x = tl.broadcast_to(x, [COLUMNS, x.shape[1]])
+def products(w, w_scale, x, x_scale):
+    """[M, C] float32 of w [M, K] and x [C, K], both fp8, of which each row has a scale."""
     if INTERPRETED:
         p = tl.dot(widen(w), tl.trans(widen(x)), input_precision="ieee")
     else:
@@ -43,10 +41,10 @@ def products(w, w_scale, x, x_scale, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def quantised_products(w, w_scale, x, COLUMNS: tl.constexpr):
-    """The same for float32 x, of which each row is quantised."""
-    x_scale = scale_of(tl.max(tl.abs(x), axis=1), "fp8")
-    return products(w, w_scale, quantised(x, x_scale[:, None], "fp8"), x_scale, COLUMNS)
+def with_scales(x):
+    """(values, scales) of x [R, GROUP] float32, of which each row is quantised."""
+    scale = scale_of(tl.max(tl.abs(x), axis=1), "fp8")
+    return quantised(x, scale[:, None], "fp8"), scale
 
 
 @triton.jit
@@ -91,7 +89,7 @@ def pair_up_dot(hidden, row_stride, w13, w13_scale, w13_bias, topk_weights, topk
         row += half * INTERMEDIATE
     w_at = w13 if DESCRIPTOR else w13 + expert.to(tl.int64) * (2 * INTERMEDIATE * HIDDEN) + (row * HIDDEN + part)
     scale_at = w13_scale + expert.to(tl.int64) * (ROWS * PER_ROW) + (scale_row * PER_ROW + part // GROUP)
-    own = tl.arange(0, COLUMNS if PARTS > 1 else 1) % PARTS * GROUP
+    own = tl.arange(0, COLUMNS) % PARTS * GROUP
     x_at = hidden + (route // TOPK).to(tl.int64) * row_stride + own
     acc = tl.zeros([M, COLUMNS], tl.float32)
     for k in tl.range(0, HIDDEN, STEP, num_stages=STAGES):
@@ -101,11 +99,23 @@ def pair_up_dot(hidden, row_stride, w13, w13_scale, w13_bias, topk_weights, topk
             w = runs(w_at, row >= 0, part, k, HIDDEN, STEP, GROUP, "evict_first")
         x = widen(runs(x_at, own >= 0, own, k, HIDDEN, STEP, GROUP, ""))
         w_scale = tl.load(scale_at + k // GROUP, mask=part < HIDDEN - k, other=0.0)
-        acc += quantised_products(w, w_scale, x, COLUMNS)
+        x, x_scale = with_scales(x)
+        acc += products(w, w_scale, x, x_scale)
     both = tl.reshape(tl.sum(own_column(acc, PARTS), axis=0), [2, BLOCK_N])
     gate, up = tl.split(tl.trans(both))
     finish_up(gate, up, w13_bias, topk_weights, act, act_scale, expert, route, row0 + tl.arange(0, BLOCK_N),
               INTERMEDIATE, INTERLEAVED, GROUP, ACTIVATION, WEIGHT_ON_INPUT, None, PTX)
+
+
+@triton.jit
+def activations(act, act_scale, route, live, first, k, DEPTH: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr):
+    """([C, GROUP] fp8, [C]): columns k + first.. of rows of what pair_up_dot wrote, and their scales."""
+    a = runs(act + route.to(tl.int64) * DEPTH + first, live, first, k, DEPTH, STEP, GROUP, "")
+    if act_scale is None:
+        return with_scales(a)
+    else:
+        at = act_scale + route * ((DEPTH + GROUP - 1) // GROUP) + (k + first) // GROUP
+        return a, tl.load(at, mask=live & (first < DEPTH - k), other=0.0)
 
 
 @triton.jit(do_not_specialize=["map_size"])
@@ -113,17 +123,16 @@ def pair_down_dot(act, act_scale, w2, w2_scale, w2_bias, topk_weights, topk_ids,
                   TOPK: tl.constexpr, SLOTS: tl.constexpr, NUM_EXPERTS: tl.constexpr, HIDDEN: tl.constexpr,
                   INTERMEDIATE: tl.constexpr, GROUP: tl.constexpr, WEIGHT_ON_INPUT: tl.constexpr,
                   BLOCK_N: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
-                  EARLY: tl.constexpr, PREFETCH: tl.constexpr, DEPENDENT: tl.constexpr):
+                  AHEAD: tl.constexpr, PREFETCH: tl.constexpr, DEPENDENT: tl.constexpr):
     """out [T, H]; act as pair_up_dot writes it. Grid: (tokens, tiles of N).
 
-    EARLY  steps whose weights are under way before this waits for pair_up_dot
+    AHEAD     the first weights are under way before this waits for pair_up_dot; takes registers for all activations
+    PREFETCH  all weights are on their way to the L2 cache before
     """
     token = tl.program_id(0)
     M: tl.constexpr = SLOTS * PARTS * BLOCK_N
     COLUMNS: tl.constexpr = SLOTS * PARTS if SLOTS * PARTS > WIDTH else WIDTH
     STEP: tl.constexpr = PARTS * GROUP
-    STEPS: tl.constexpr = (INTERMEDIATE + STEP - 1) // STEP
-    FIRST: tl.constexpr = (EARLY if EARLY < STEPS else STEPS) * STEP
     PER_ROW: tl.constexpr = (INTERMEDIATE + GROUP - 1) // GROUP
     PER_EXPERT: tl.constexpr = (HIDDEN + GROUP - 1) // GROUP * PER_ROW
     # The ids are there already: pair_up_dot lets this launch in only after it has waited for whoever made them.
@@ -136,45 +145,43 @@ def pair_down_dot(act, act_scale, w2, w2_scale, w2_bias, topk_weights, topk_ids,
     row = tl.where(live, row, 0)
     w_at = w2 + expert * (HIDDEN * INTERMEDIATE) + (row * INTERMEDIATE + part)
     scale_at = w2_scale + expert * PER_EXPERT + (row // GROUP * PER_ROW + part // GROUP)
-    own = tl.arange(0, COLUMNS if SLOTS * PARTS > 1 else 1) % (SLOTS * PARTS)
+    own = tl.arange(0, COLUMNS) % (SLOTS * PARTS)
     own_slot, own_part = own // PARTS, own % PARTS * GROUP
     own_route = token * TOPK + own_slot
     own_live = local_expert(topk_ids, expert_map, map_size, own_route, own_slot < TOPK, NUM_EXPERTS) < NUM_EXPERTS
-    a_at = act + own_route.to(tl.int64) * INTERMEDIATE + own_part
-    if act_scale is not None:
-        a_scale_at = act_scale + own_route * PER_ROW + own_part // GROUP
-    early = ()
-    for k in tl.static_range(0, FIRST, STEP):
-        early = early + (runs(w_at, live, part, k, INTERMEDIATE, STEP, GROUP, "evict_first"),)
-    if DEPENDENT:
-        if PREFETCH:
-            LINES: tl.constexpr = triton.next_power_of_2((INTERMEDIATE - FIRST + 127) // 128)
-            at = FIRST + tl.arange(0, LINES) * 128
-            prefetch(w_at[:, None] + tl.minimum(at, INTERMEDIATE - 1)[None, :])
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    early_a, early_scales, early_w_scales = (), (), ()
-    for k in tl.static_range(0, FIRST, STEP):
-        early_a = early_a + (runs(a_at, own_live, own_part, k, INTERMEDIATE, STEP, GROUP, ""),)
-        early_w_scales = early_w_scales + (tl.load(scale_at + k // GROUP, mask=part < INTERMEDIATE - k, other=0.0),)
-        if act_scale is not None:
-            early_scales = early_scales + (tl.load(a_scale_at + k // GROUP, mask=own_part < INTERMEDIATE - k,
-                                                   other=0.0),)
+    if PREFETCH and DEPENDENT:
+        LINES: tl.constexpr = triton.next_power_of_2((INTERMEDIATE + 127) // 128)
+        prefetch((w_at - part)[:, None] + tl.minimum(tl.arange(0, LINES) * 128, INTERMEDIATE - 1)[None, :])
     acc = tl.zeros([M, COLUMNS], tl.float32)
-    for k in tl.range(FIRST, INTERMEDIATE, STEP, num_stages=STAGES):
-        w = runs(w_at, live, part, k, INTERMEDIATE, STEP, GROUP, "evict_first")
-        w_scale = tl.load(scale_at + k // GROUP, mask=part < INTERMEDIATE - k, other=0.0)
-        a = runs(a_at, own_live, own_part, k, INTERMEDIATE, STEP, GROUP, "")
-        if act_scale is None:
-            acc += quantised_products(w, w_scale, a, COLUMNS)
-        else:
-            a_scale = tl.load(a_scale_at + k // GROUP, mask=own_part < INTERMEDIATE - k, other=0.0)
-            acc += products(w, w_scale, a, a_scale, COLUMNS)
-    for i in tl.static_range(FIRST // STEP):
-        if act_scale is None:
-            acc += quantised_products(early[i], early_w_scales[i], early_a[i], COLUMNS)
-        else:
-            acc += products(early[i], early_w_scales[i], early_a[i], early_scales[i], COLUMNS)
+    if AHEAD:
+        # The loop's first loads are issued ahead of it. Of activations there must be none among them, so all are read
+        # in its first round, and wait in registers for theirs, of which each takes the first and puts it last.
+        values, scales = (), ()
+        for k in tl.static_range(0, INTERMEDIATE, STEP):
+            values = values + (tl.zeros([COLUMNS, GROUP], tl.float8e4nv),)
+            scales = scales + (tl.zeros([COLUMNS], tl.float32),)
+        for k in tl.range(0, INTERMEDIATE, STEP, num_stages=STAGES):
+            w = runs(w_at, live, part, k, INTERMEDIATE, STEP, GROUP, "evict_first")
+            w_scale = tl.load(scale_at + k // GROUP, mask=part < INTERMEDIATE - k, other=0.0)
+            if k == 0:
+                if DEPENDENT:
+                    tl.extra.cuda.gdc_wait()
+                    tl.extra.cuda.gdc_launch_dependents()
+                values, scales = (), ()
+                for j in tl.static_range(0, INTERMEDIATE, STEP):
+                    a, a_scale = activations(act, act_scale, own_route, own_live, own_part, j, INTERMEDIATE, STEP, GROUP)
+                    values, scales = values + (a,), scales + (a_scale,)
+            acc += products(w, w_scale, values[0], scales[0])
+            values, scales = values[1:] + (values[0],), scales[1:] + (scales[0],)
+    else:
+        if DEPENDENT:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+        for k in tl.range(0, INTERMEDIATE, STEP, num_stages=STAGES):
+            w = runs(w_at, live, part, k, INTERMEDIATE, STEP, GROUP, "evict_first")
+            w_scale = tl.load(scale_at + k // GROUP, mask=part < INTERMEDIATE - k, other=0.0)
+            a, a_scale = activations(act, act_scale, own_route, own_live, own_part, k, INTERMEDIATE, STEP, GROUP)
+            acc += products(w, w_scale, a, a_scale)
     y = tl.sum(tl.reshape(own_column(acc, SLOTS * PARTS), [SLOTS, PARTS, BLOCK_N]), axis=1)
     finish_down(y, w2_bias, topk_weights, topk_ids, expert_map, map_size, out, out_stride, token,
                 tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), TOPK, SLOTS, NUM_EXPERTS, HIDDEN, WEIGHT_ON_INPUT)
