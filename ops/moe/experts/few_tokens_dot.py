@@ -164,12 +164,10 @@ def pair_down_dot(act, act_scale, w2, w2_scale, w2_bias, topk_weights, topk_ids,
             w = runs(w_at, live, part, k, INTERMEDIATE, STEP, GROUP, "evict_first")
             w_scale = tl.load(scale_at + k // GROUP, mask=part < INTERMEDIATE - k, other=0.0)
             if k == 0:
-                if DEPENDENT:
-                    tl.extra.cuda.gdc_wait()
-                    tl.extra.cuda.gdc_launch_dependents()
+                ready = own_route + waited(k) if DEPENDENT else own_route
                 values, scales = (), ()
                 for j in tl.static_range(0, INTERMEDIATE, STEP):
-                    a, a_scale = activations(act, act_scale, own_route, own_live, own_part, j, INTERMEDIATE, STEP, GROUP)
+                    a, a_scale = activations(act, act_scale, ready, own_live, own_part, j, INTERMEDIATE, STEP, GROUP)
                     values, scales = values + (a,), scales + (a_scale,)
             acc += products(w, w_scale, values[0], scales[0])
             values, scales = values[1:] + (values[0],), scales[1:] + (scales[0],)
@@ -192,3 +190,11 @@ def prefetch(at):
     """Bring the cache lines at these addresses into the L2 cache."""
     tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False,
                               pack=1)
+
+
+@triton.jit
+def waited(zero):
+    """`zero`, once the launch before has finished. gdc_wait as a function of which the addresses of what it waits for
+    are made: as an operation with effects on everything, it keeps newer compilers from pipelining the loop it is in."""
+    return tl.inline_asm_elementwise("griddepcontrol.wait; griddepcontrol.launch_dependents; mov.u32 $0, $1;", "=r,r",
+                                     [zero], dtype=tl.int32, is_pure=True, pack=1)

@@ -92,7 +92,7 @@ def _tiles(blocks: bool, topk: int, hidden_size: int, intermediate_size: int, gr
         held = intermediate_size <= 2048  # activations that registers have room for
         return (dict(DOT=True, BLOCK_N=32, PARTS=2, WIDTH=8, STAGES=4, DESCRIPTOR=False, num_warps=4),
                 dict(BLOCK_N=128 // (slots * parts), PARTS=parts, WIDTH=8, STAGES=4, AHEAD=held, PREFETCH=False,
-                     num_warps=4, **({} if INTERPRETED else {"maxnreg": 168})))
+                     num_warps=8))
     if INTERPRETED:  # which takes as long over a small tile as over a large one
         wide = max(group, 128)
         return (dict(BLOCK_N=group // 2 if blocks else 128, BLOCK_K=wide, STAGES=1, num_warps=4),
