@@ -1,10 +1,10 @@
 """The two launches of few_tokens.py with their products on the matrix unit, for fp8 in blocks.
 
 Converting fp8 weights and multiplying them one by one takes about as long as reading them. A matrix unit takes them as
-they are, but wants at least 64 rows of weights and 8 columns of activations, where a token has one. So a tile's rows are
-several parts, each times a column of its own: another group of K in `pair_up_dot`, another slot too in `pair_down_dot`.
-Of the product [parts * rows, parts] only what is in a row's own column is kept. A part is one group of K wide, so a
-product is multiplied by both of its scales as soon as it has left the matrix unit.
+they are, but wants at least 64 rows of weights and 8 columns of activations, where a token has one. So the rows of a
+tile are several parts, each times a column of its own: another group of K in `pair_up_dot`, another slot too in
+`pair_down_dot`. Of the product [parts * rows, parts] only what is in a row's own column is kept. A part is one group of
+K wide, so a product is multiplied by both of its scales as soon as it has left the matrix unit.
 """
 
 from __future__ import annotations
