@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from types import SimpleNamespace
 
 import pytest
+from engine_support import call
 
 from kernel_registry.errors import OverrideError, PlanError, RegistryError
 from kernel_registry.plan import Plan
@@ -17,10 +17,6 @@ THREE = {
     "fused": {"when": {"scoring": "softmax", "groups": "any"}},
     "reference": {"when": {"groups": "any"}, "fallback": True},
 }
-
-
-def call(tokens=1, contiguous=True):
-    return SimpleNamespace(tokens=tokens, contiguous=contiguous)
 
 
 def ask(registry, op, order=1):
