@@ -10,15 +10,38 @@ from __future__ import annotations
 
 from typing import Mapping
 
+HALF_ROWS = 512  # tokens from which on rows wait for their sum in 16 bits: before, their bytes are few
+
 
 def tile(block_n: int, block_k: int, num_warps: int, num_stages: int, *, swap=False, merged=False, tail=0, passes=1,
-         group_m=1, descriptor=True) -> dict[str, object]:
+         group_m=1, descriptor=True, persistent=False) -> dict[str, object]:
     return dict(BLOCK_N=block_n, BLOCK_K=block_k, num_warps=num_warps, num_stages=num_stages, SWAP=swap, MERGED=merged,
-                TAIL_M=tail, PASSES=passes, GROUP_M=group_m, DESCRIPTOR=descriptor)
+                TAIL_M=tail, PASSES=passes, GROUP_M=group_m, DESCRIPTOR=descriptor, PERSISTENT=persistent)
 
 
-def default(traits: Mapping[str, object], num_tokens: int) -> dict[str, object]:
-    """What is launched for these canonical traits and that many tokens."""
+def halved(traits: Mapping[str, object], num_tokens: int) -> bool:
+    """Whether rows wait for their sum in 16 bits: where their bytes count and the result has fewer digits still."""
+    return traits["topk"] > 1 and traits["dtype"] == "bfloat16" and num_tokens >= HALF_ROWS
+
+
+def persistent(traits: Mapping[str, object], product: str, num_tokens: int) -> dict[str, object] | None:
+    """The tile of persistent.py for "up" or "down", where it serves: None where it does not. Its program fills a
+    multiprocessor, so there is little to choose."""
+    platform, quant = traits.get("platform"), traits["weight_quant"]
+    depth = traits["hidden_size" if product == "up" else "intermediate_size"]
+    block_k = 128 if quant == "fp8_block" else 64
+    if (platform is None or platform.kind != "cuda" or platform.arch != (9, 0) or depth % block_k
+            or traits.get("activation") == "swigluoai"):
+        return None
+    if quant == "fp8_block" and traits["group_size"] == 128 or quant == "none" and product == "down":
+        stages = 4 if product == "up" or halved(traits, num_tokens) else 3  # rows of 32 bits need the fourth's room
+        return tile(128, block_k, 4, stages, group_m=8 if product == "down" else 4, persistent=True)
+    return None
+
+
+def default(traits: Mapping[str, object], num_tokens: int, *, aligned=True) -> dict[str, object]:
+    """What is launched for these canonical traits and that many tokens. `aligned`: weights begin at a multiple of 16
+    bytes, as the tensor memory accelerator wants."""
     rows = num_tokens * traits["topk"] / traits["num_experts"]  # of an expert, on average
     platform, quant, group = traits.get("platform"), traits["weight_quant"], traits["group_size"]
     if platform is not None and platform.kind == "interpreter":  # which takes as long over a small tile as over a large
@@ -38,6 +61,9 @@ def default(traits: Mapping[str, object], num_tokens: int) -> dict[str, object]:
         if rows <= 24:
             return {"BLOCK_M": 16 if rows <= 8 else 32, "up": tile(group, group, 4, 4, swap=True),
                     "down": tile(128, group, 4, 2, swap=True)}
+        up, down = persistent(traits, "up", num_tokens), persistent(traits, "down", num_tokens)
+        if up and down and aligned:
+            return {"BLOCK_M": 128, "up": up, "down": down}
         columns = min(64, group)
         return {"BLOCK_M": 64, "up": tile(columns, group, 4, 3, merged=True, group_m=4, passes=group // columns),
                 "down": tile(128, group, 4, 3, group_m=4)}
@@ -56,43 +82,61 @@ def default(traits: Mapping[str, object], num_tokens: int) -> dict[str, object]:
     tail = 64 if rows <= 384 else 0
     # An expert's weights that the L2 cache can't hold are read once for many blocks of rows, not once for each.
     large = traits["hidden_size"] * traits["intermediate_size"] > 2 ** 24
+    # Of short products beginning and end are much; of long ones the wider product of the other kernel is worth more.
+    down = persistent(traits, "down", num_tokens) if traits["intermediate_size"] <= 1024 and aligned else None
     return {"BLOCK_M": 128, "up": tile(128, 64, 8, 4, merged=True, tail=tail, group_m=16 if large else 1),
-            "down": tile(256, 64, 8, 4, tail=64, group_m=16 if large else 8)}
+            "down": down or tile(256, 64, 8, 4, tail=64, group_m=16 if large else 8)}
 
 
 def candidates(traits: Mapping[str, object], num_tokens: int) -> list[dict[str, object]]:
     """What `kernel-registry tune` tries: each change of the default that has been the best of some shape."""
     chosen = default(traits, num_tokens)
     found = [chosen]
-    for up, down in _changes(traits, chosen):
+    for up, down in _changes(traits, num_tokens, chosen):
         tried = {**chosen, "up": {**chosen["up"], **up}, "down": {**chosen["down"], **down}}
         if tried not in found:
             found.append(tried)
     return found
 
 
-def _changes(traits: Mapping[str, object], chosen: Mapping[str, object]):
+def _changes(traits: Mapping[str, object], num_tokens: int, chosen: Mapping[str, object]):
     """Pairs of changes, of the first and of the second product's tile."""
-    for stages in (2, 3, 4, 5):
-        yield {"num_stages": stages}, {}
-        yield {}, {"num_stages": stages}
-    for group_m in (1, 4, 8, 16):
+    for group_m in (1, 2, 4, 8, 16):
         if chosen["BLOCK_M"] > 16:
-            yield {"GROUP_M": group_m}, {"GROUP_M": group_m}
-    for warps in (4, 8):
-        yield {"num_warps": warps}, {}
-        yield {}, {"num_warps": warps}
-    yield {"MERGED": not chosen["up"]["MERGED"]}, {}
-    yield {}, {"BLOCK_N": 64}
-    yield {}, {"BLOCK_N": 128}
-    yield {}, {"BLOCK_N": 256}
-    if chosen["BLOCK_M"] > 64:
-        yield {"TAIL_M": 64 - chosen["up"]["TAIL_M"]}, {}
-        yield {}, {"TAIL_M": 64 - chosen["down"]["TAIL_M"]}
+            yield {"GROUP_M": group_m}, {}
+            yield {}, {"GROUP_M": group_m}
+    other = persistent(traits, "down", num_tokens)
+    if chosen["BLOCK_M"] == 128 and other and not chosen["down"]["PERSISTENT"]:
+        yield {}, other
+    if chosen["down"]["PERSISTENT"]:
+        yield {}, {"num_stages": 3}
+    else:
+        yield from (({}, change) for change in _of_down(chosen))
+    if chosen["up"]["PERSISTENT"]:
+        yield {"num_stages": 3}, {}
+    else:
+        yield from ((change, {}) for change in _of_up(traits, chosen))
     if traits["weight_quant"] == "none":
-        yield {"BLOCK_K": 128, "num_stages": 4}, {}
-        yield {"BLOCK_N": 32, "BLOCK_K": 128, "num_stages": 4, "MERGED": True}, {}
-        yield {}, {"BLOCK_N": 64, "BLOCK_K": 128, "num_stages": 4}
+        yield {}, {"BLOCK_N": 64, "BLOCK_K": 128, "num_stages": 4, "PERSISTENT": False}
+
+
+def _of_down(chosen: Mapping[str, object]):
+    yield from ({"num_stages": stages} for stages in (2, 3, 4, 5))
+    yield from ({"num_warps": warps} for warps in (4, 8))
+    yield from ({"BLOCK_N": columns} for columns in (64, 128, 256))
+    if chosen["BLOCK_M"] > 64:
+        yield {"TAIL_M": 64 - chosen["down"]["TAIL_M"]}
+
+
+def _of_up(traits: Mapping[str, object], chosen: Mapping[str, object]):
+    yield from ({"num_stages": stages} for stages in (2, 3, 4, 5))
+    yield from ({"num_warps": warps} for warps in (4, 8))
+    yield {"MERGED": not chosen["up"]["MERGED"]}
+    if chosen["BLOCK_M"] > 64:
+        yield {"TAIL_M": 64 - chosen["up"]["TAIL_M"]}
+    if traits["weight_quant"] == "none":
+        yield {"BLOCK_K": 128, "num_stages": 4}
+        yield {"BLOCK_N": 32, "BLOCK_K": 128, "num_stages": 4, "MERGED": True}
     elif traits["weight_quant"] == "fp8_block" and traits["group_size"] == 128:
-        yield {"BLOCK_N": 64, "PASSES": 2, "MERGED": True, "num_stages": 6}, {}
-        yield {"BLOCK_N": 128, "PASSES": 1, "MERGED": False}, {}
+        yield {"BLOCK_N": 64, "PASSES": 2, "MERGED": True, "num_stages": 6}
+        yield {"BLOCK_N": 128, "PASSES": 1, "MERGED": False}

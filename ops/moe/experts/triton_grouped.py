@@ -1,27 +1,42 @@
-"""moe.experts in four Triton launches: align (and quantise), first product, second product, sum over slots.
+"""moe.experts in four to six Triton launches: align (and quantise), first product, second product, sum over slots.
 
 Serves every weight format and option in bfloat16 and float16. Routes are sorted by expert, so that each expert's
-weights are read once for all of its rows. Formats that quantise whole rows of activations take a fifth launch for it. The
-kernels are in align.py, prepare.py, grouped.py and persistent.py; here is what they are compiled with, and the buffers
-between them.
+weights are read once for all of its rows. More than FEW_ROUTES take a launch more to be aligned, formats that quantise
+whole rows of activations one for that. The kernels are in align.py, prepare.py, grouped.py and persistent.py; here is
+what they are compiled with, and the buffers between them.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Callable, Mapping
 
 import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import grouped, prepare, tiles as launch_parameters
+from . import align, grouped, prepare, tiles as launch_parameters
 from .checks import make_checks
 from .launch import INTERPRETED, dependent_launch, on_gpu, ptx
 
+if not INTERPRETED:  # Gluon has no interpreter
+    from . import persistent
+
 FORMATS = {"none": "none", "fp8_block": "fp8_block", "fp8_channel": "fp8", "fp8_tensor": "fp8", "int8_channel": "int8",
            "int8_w8a16": "int8_w8a16", "int4_w4a16": "int4"}
+FEW_ROUTES = 8192  # up to here the first launch aligns them, each of its programs reading all ids
+CHUNK = 256  # routes of a program above
 COLUMNS = 1024 if INTERPRETED else 256  # that a program sums; the interpreter takes as long over few as over many
-HALF_ROWS = 512  # tokens from which on rows wait for their sum in 16 bits: before, their bytes are few
+
+
+def grouped_parameters(tile: Mapping[str, object]) -> dict[str, object]:
+    """What both kernels of grouped.py take of a tile."""
+    return {name: value for name, value in tile.items() if name not in ("MERGED", "PASSES", "PERSISTENT")}
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def experts(*, num_experts, topk, hidden_size, intermediate_size, dtype="bfloat16", weight_quant="none",
@@ -64,6 +79,46 @@ def experts(*, num_experts, topk, hidden_size, intermediate_size, dtype="bfloat1
         return TensorDescriptor(tensor, [num_experts, halves, rows, depth], [halves * rows * depth, half, *within],
                                 [1, 2 if tile["MERGED"] else 1, tile["BLOCK_N"], tile["BLOCK_K"] // packed]), True
 
+    def first_product(tile, x, x_scale, w13, w13_scale, w13_bias, topk_weights, order, blocks, num_blocks, ticket, act,
+                      act_scale, tokens, block_m):
+        routes, most = order.shape[0], blocks.shape[1]
+        if tile["PERSISTENT"]:
+            matrix = w13.view(-1, hidden_size)
+            persistent.persistent_up[(multiprocessors(x.device),)](
+                x, x_scale, persistent.describe(matrix, [tile["BLOCK_N"], tile["BLOCK_K"]]), w13_scale, w13_bias,
+                topk_weights, order, blocks, num_blocks, act, act_scale, tokens, routes, most, ticket,
+                ACTIVATION=activation, **persistent_parameters(tile))
+            return
+        columns = tile["BLOCK_N"] * tile["PASSES"]
+        read, described = weights_for(w13, tile, hidden_size, 2)
+        grouped.grouped_up[(most * -(-intermediate_size // columns),)](
+            x, x_scale, hidden_size, read, w13_scale, w13_bias, topk_weights, order, blocks, num_blocks, act, act_scale,
+            tokens, routes, most, INTERLEAVED=interleaved, ACTIVATION=activation, BLOCK_M=block_m, PTX=ptx(platform),
+            **shared, **{**grouped_parameters(tile), "MERGED": tile["MERGED"], "PASSES": tile["PASSES"],
+                         "DESCRIPTOR": described}, **pdl)
+
+    def second_product(tile, act, act_scale, w2, w2_scale, w2_bias, topk_weights, order, blocks, num_blocks, ticket, rows,
+                       row_scale, block_m):
+        routes, most = order.shape[0], blocks.shape[1]
+        if tile["PERSISTENT"]:
+            matrix = w2.view(-1, intermediate_size)
+            persistent.persistent_down[(multiprocessors(act.device),)](
+                act, persistent.describe(act, [64, tile["BLOCK_K"]]), act_scale,
+                persistent.describe(matrix, [tile["BLOCK_N"], tile["BLOCK_K"]]), w2_scale, w2_bias, topk_weights, order,
+                blocks, num_blocks, rows, row_scale, routes, most, ticket, SCALED=weight_quant == "fp8_block",
+                **persistent_parameters(tile))
+            return
+        read, described = weights_for(w2, tile, intermediate_size, 1)
+        grouped.grouped_down[(most * -(-hidden_size // tile["BLOCK_N"]),)](
+            act, act_scale, read, w2_scale, w2_bias, topk_weights, order, blocks, num_blocks, rows, row_scale, routes,
+            most, BLOCK_M=block_m, **shared, **{**grouped_parameters(tile), "DESCRIPTOR": described}, **pdl)
+
+    def persistent_parameters(tile):
+        return dict(TOPK=topk, HIDDEN=hidden_size, INTERMEDIATE=intermediate_size, GROUP=group_size,
+                    WEIGHT_ON_INPUT=apply_router_weight_on_input, BLOCK_N=tile["BLOCK_N"], BLOCK_K=tile["BLOCK_K"],
+                    GROUP_M=tile["GROUP_M"], STAGES=tile["num_stages"],
+                    DEPENDENT=dependent, num_warps=persistent.WARPS, **pdl)
+
     def kernel(hidden_states, w13, w2, topk_weights, topk_ids, *, w13_scale=None, w2_scale=None, a13_scale=None,
                a2_scale=None, w13_bias=None, w2_bias=None, expert_map=None, out=None):
         tokens = check(hidden_states, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, a13_scale, a2_scale,
@@ -74,40 +129,49 @@ def experts(*, num_experts, topk, hidden_size, intermediate_size, dtype="bfloat1
         if tokens == 0:
             return out
         chosen = choose(tokens)
+        if (chosen["up"]["PERSISTENT"] or chosen["down"]["PERSISTENT"]) and (w13.data_ptr() | w2.data_ptr()) % 16:
+            chosen = launch_parameters.default(traits, tokens, aligned=False)
         block_m, up, down = chosen["BLOCK_M"], chosen["up"], chosen["down"]
         routes = tokens * topk
         most = min(routes, num_experts + routes // block_m)
+        few = routes <= FEW_ROUTES
+        chunks = -(-routes // CHUNK)
         map_size = 0 if expert_map is None else expert_map.shape[0]
 
         def empty(*shape, dtype=torch.int32):
             return torch.empty(shape, dtype=dtype, device=device)
 
         order, blocks, num_blocks, tickets = empty(routes), empty(3, most), empty(1), empty(2)
+        counts = None if few else empty(chunks, bins)
         x, x_scale = hidden_states, a13_scale
         if stored is not None:
             x = empty(tokens, hidden_size, dtype=stored)
             if not static:
                 x_scale = empty(1 if by_row else -(-hidden_size // group_size), tokens, dtype=torch.float32)
+        step = min(4096, triton.next_power_of_2(routes))
+        aligning = 1 + num_experts if few else chunks
         with on_gpu(device):
-            prepare.prepare[(1 + num_experts + (0 if stored is None else tokens),)](
-                topk_ids, expert_map, map_size, order, blocks, num_blocks, tickets, hidden_states, hidden_size, x,
-                None if static else x_scale, a13_scale, tokens, routes, most, NUM_EXPERTS=num_experts, BINS=bins,
-                BLOCK_M=block_m, STEP=min(4096, triton.next_power_of_2(routes)), HIDDEN=hidden_size,
-                BLOCK=max(group_size, triton.next_power_of_2(hidden_size)), ACT_QUANT=act_quant, **acts, num_warps=8,
-                **pdl)
+            prepare.prepare[(aligning + (0 if stored is None else tokens),)](
+                topk_ids, expert_map, map_size, order, blocks, num_blocks, counts, tickets, hidden_states, hidden_size,
+                x, None if static else x_scale, a13_scale, tokens, routes, most, aligning, NUM_EXPERTS=num_experts,
+                BINS=bins, BLOCK_M=block_m, STEP=step, ROWS=min(step, 256), CHUNK=CHUNK, HIDDEN=hidden_size,
+                BLOCK=max(group_size, triton.next_power_of_2(hidden_size)), ACT_QUANT=act_quant, FEW=few, **acts,
+                num_warps=8, **pdl)
+            if not few:
+                align.place_chunks[(1 + chunks,)](
+                    topk_ids, expert_map, map_size, counts, order, blocks, num_blocks, routes, chunks, most,
+                    NUM_EXPERTS=num_experts, BINS=bins, BLOCK_M=block_m, CHUNK=CHUNK, ROWS=max(1, 16384 // bins),
+                    DEPENDENT=dependent, num_warps=8, **pdl)
 
-            width = up["BLOCK_N"] * up["PASSES"]
             act_dtype = torch.float32 if by_row else stored or hidden_dtype
             act, act_scale = empty(routes, intermediate_size, dtype=act_dtype), a2_scale
             if act_quant == "fp8_block":
-                if width != group_size:
-                    raise ValueError(f"a tile of {width} columns can't be quantised in groups of {group_size}")
-                act_scale = empty(-(-intermediate_size // width), routes, dtype=torch.float32)
-            w13_read, described = weights_for(w13, up, hidden_size, 2)
-            grouped.grouped_up[(most * -(-intermediate_size // width),)](
-                x, x_scale, hidden_size, w13_read, w13_scale, w13_bias, topk_weights, order, blocks, num_blocks, act,
-                act_scale, tokens, routes, most, INTERLEAVED=interleaved, ACTIVATION=activation, BLOCK_M=block_m,
-                PTX=ptx(platform), **shared, **{**up, "DESCRIPTOR": described}, **pdl)
+                if up["BLOCK_N"] * up["PASSES"] != group_size:
+                    raise ValueError(f"a tile of {up['BLOCK_N']} columns, {up['PASSES']} times, can't be quantised in "
+                                     f"groups of {group_size}")
+                act_scale = empty(-(-intermediate_size // group_size), routes, dtype=torch.float32)
+            first_product(up, x, x_scale, w13, w13_scale, w13_bias, topk_weights, order, blocks, num_blocks,
+                          tickets[:1], act, act_scale, tokens, block_m)
             if by_row:
                 rows, act = act, empty(routes, intermediate_size, dtype=stored)
                 act_scale = empty(routes, dtype=torch.float32)
@@ -115,17 +179,13 @@ def experts(*, num_experts, topk, hidden_size, intermediate_size, dtype="bfloat1
                     rows, act, act_scale, routes, COLUMNS=intermediate_size,
                     BLOCK=triton.next_power_of_2(intermediate_size), KIND=kind, DEPENDENT=dependent, **pdl)
 
-            # Rows wait for their sum in 32 bits; in 16 where their bytes count and the result has fewer digits still.
-            halved = topk > 1 and hidden_dtype is torch.bfloat16 and tokens >= HALF_ROWS
-            tiles_n = -(-hidden_size // down["BLOCK_N"])
+            halved = launch_parameters.halved(traits, tokens)
+            columns = down["BLOCK_N"] * (2 if down["PERSISTENT"] else 1)  # that one tile of the second product makes
             rows = empty(routes, hidden_size, dtype=torch.float16 if halved else torch.float32)
-            row_scale = empty(routes, tiles_n, dtype=torch.float32) if halved else None
-            w2_read, described = weights_for(w2, down, intermediate_size, 1)
-            parameters = {n: v for n, v in down.items() if n not in ("MERGED", "PASSES")}
-            grouped.grouped_down[(most * tiles_n,)](
-                act, act_scale, w2_read, w2_scale, w2_bias, topk_weights, order, blocks, num_blocks, rows, row_scale,
-                routes, most, BLOCK_M=block_m, **shared, **{**parameters, "DESCRIPTOR": described}, **pdl)
-            tile = down["BLOCK_N"] if halved else COLUMNS
+            row_scale = empty(routes, -(-hidden_size // columns), dtype=torch.float32) if halved else None
+            second_product(down, act, act_scale, w2, w2_scale, w2_bias, topk_weights, order, blocks, num_blocks,
+                           tickets[1:], rows, row_scale, block_m)
+            tile = columns if halved else COLUMNS
             span = max(1, min(1024, triton.next_power_of_2(hidden_size)) // tile) if halved else 1
             grouped.sum_slots[(tokens, -(-hidden_size // (tile * span)))](
                 rows, row_scale, topk_ids, expert_map, map_size, out, out.stride(0), TOPK=topk, HIDDEN=hidden_size,
