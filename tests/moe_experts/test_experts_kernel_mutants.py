@@ -1,8 +1,8 @@
-"""Bugs put into the Triton kernels by changing one place of their source, each found by the judge in one small call.
+"""Bugs put into the Triton kernels by changing one place of their source, each found in one small call: by the judge,
+or because an address outside of all tensors is read or written.
 
 The kernels run in Triton's interpreter, in tiles so small that a layer has several of each kind and ragged ones. Around
-every tensor lies room that is NaN, or 0 in integers, and so is what a kernel finds in its buffers: what it should not
-read shows, and what it should not write.
+every tensor lies room that is NaN, or 0 in integers, and so is what a kernel finds in its buffers.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from experts_support import layer
@@ -24,6 +25,7 @@ from kernel_registry.ops.moe.experts.tiles import tile
 from kernel_registry.traits.platform import Platform
 
 triton = pytest.importorskip("triton")
+interpreter = pytest.importorskip("triton.runtime.interpreter")
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="these tiles are the interpreter's")
 
 SOURCES = Path(package.__file__).parents[1]  # with casts.py beside the op's folder
@@ -42,9 +44,9 @@ def ragged(format="none", topk=2, **more) -> dict:
 
 
 def few(format="none", topk=3, **more) -> dict:
-    """Longer than one step along either sum."""
+    """Longer than one step along either sum; a token goes to all experts, the last among them."""
     sizes = dict(group_size=64) if format == "fp8_block" else {}
-    return layer(5, topk, 144, 144, format, **{"has_bias": True, **sizes, **more})
+    return layer(max(2, topk), topk, 144, 144, format, **{"has_bias": True, **sizes, **more})
 
 
 def tiles(up=(), down=(), block_m=16, block_n=32) -> dict:
@@ -192,6 +194,26 @@ MUTANTS = {
         "live = rows < height - 1\n    positions = start + rows\n    routes", "many rows"),
     "high blocks take the small tile": (
         GROUPED_PY, "if TAIL_M > 0 and height <= TAIL_M:\n        up_tile", "if TAIL_M > 0:\n        up_tile", "tails"),
+    "rows past a block are stored as activations": (
+        GROUPED_PY, "there = live[:, None] & (columns < INTERMEDIATE)[None, :]",
+        "there = (rows >= 0)[:, None] & (columns < INTERMEDIATE)[None, :]", "plain"),
+    "scales of rows past a block are stored": (
+        GROUPED_PY, "num_routes + positions, scale, mask=live)", "num_routes + positions, scale)", "fp8 blocks"),
+    "the second pass goes past I": (
+        GROUPED_PY, "(columns < INTERMEDIATE - BLOCK_N)[None, :]", "(columns < INTERMEDIATE)[None, :]",
+        "fp8 blocks, two passes"),
+    "biases past the last row are read": (
+        GROUPED_PY, "at + half + step * columns, mask=inside, other=0.0", "at + half + step * columns", "plain"),
+    "scales past the last row are read": (
+        GROUPED_PY, "rows = tl.minimum(row0 + tl.arange(0, BLOCK_N), ROWS - 1)\n    if PER_TENSOR",
+        "rows = row0 + tl.arange(0, BLOCK_N)\n    if PER_TENSOR", "int8 weights"),
+    "scales of groups past the last row are read": (
+        GROUPED_PY, "rows = tl.minimum(row0 + tl.arange(0, BLOCK_N), ROWS - 1)\n    if FORMAT",
+        "rows = row0 + tl.arange(0, BLOCK_N)\n    if FORMAT", "int4"),
+    "scales past the last step are read": (
+        GROUPED_PY, "ahead = tl.minimum(k + BLOCK_K, (DEPTH - 1) // BLOCK_K * BLOCK_K)", "ahead = k + BLOCK_K",
+        "fp8 blocks"),
+    "rows are summed past H": (GROUPED_PY, "mask=columns < limit", "mask=columns * 0 < limit", "plain"),
     # halves, and how they lie
     "up before gate": (GROUPED_PY, "return activate(gate, up,", "return activate(up, gate,", "gelu"),
     "both halves the gate's": (
@@ -357,6 +379,8 @@ MUTANTS = {
         PREPARE, "row_stride + columns, mask=live, other=0.0)", "row_stride + columns)", "fp8 blocks"),
     "the next token counts in a row's scale": (
         PREPARE, "row_stride + columns, mask=live, other=0.0)", "row_stride + columns)", "fp8 channels"),
+    "scales of groups past the last are stored": (
+        PREPARE, "+ token, scale, mask=groups * GROUP < HIDDEN)", "+ token, scale)", "fp8 blocks"),
     "a quantised row is stored past its end": (
         PREPARE, "HIDDEN + columns, x, mask=live)", "HIDDEN + columns, x)", "fp8 channels"),
     # few tokens
@@ -406,6 +430,16 @@ MUTANTS = {
         FEW_PY, "narrow(total, out.dtype.element_ty), mask=inside)", "narrow(total, out.dtype.element_ty))", "few"),
     "few: columns past I are stored": (
         FEW_PY, "INTERMEDIATE + rows, y, mask=inside)", "INTERMEDIATE + rows, y)", "few"),
+    "few: an id that is no expert's is read with": (
+        FEW_PY, "if expert == NUM_EXPERTS:", "if expert > NUM_EXPERTS:", "few, invalid ids"),
+    "few: rows past I are read": (
+        FEW_PY, "read = tl.where(inside, rows, 0)", "read = rows", "few, invalid ids"),
+    "few: rows past H are read": (
+        FEW_PY, "local[:, None, None] & inside[None, :, None]", "local[:, None, None]", "few"),
+    "few: scales past the last group are read": (
+        FEW_PY, "known = columns < HIDDEN - k", "known = columns < HIDDEN", "few, fp8 blocks"),
+    "few: scales past the last group are read, second layer": (
+        FEW_PY, "mask=local[:, None] & (group < PER_ROW)[None, :]", "mask=local[:, None]", "few, fp8 blocks"),
     "few: slots of the next token": (FEW_PY, "slots < TOPK, NUM_EXPERTS", "slots < SLOTS, NUM_EXPERTS", "few"),
     "few: an id that is no expert's counts": (
         FEW_PY, "local = experts < NUM_EXPERTS", "local = experts <= NUM_EXPERTS", "few, invalid ids"),
@@ -444,24 +478,24 @@ MUTANTS = {
 
 
 class Rooms:
-    """Makes tensors with room around them, and tells whether any of that was written to."""
+    """Makes tensors with room around them, and notes what a kernel touches that is no tensor."""
 
     def __init__(self):
-        self.closed: list[tuple[torch.Tensor, int]] = []  # bytes that nothing may change, and what they are
+        self.begins, self.ends = np.empty((2, 0), dtype=np.uint64)  # the tensors' addresses
+        self.astray = ""
 
     def empty(self, *shape, dtype=torch.float32, device="cpu", gap=0) -> torch.Tensor:
         """As torch.empty; rows lie `gap` elements apart."""
         shape = torch.Size(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
-        blank = 255 if dtype.is_floating_point else 0  # bytes of 255 are a NaN in every format
         width = shape[-1] if shape else 1
         rows = shape.numel() // max(1, width)
-        memory = torch.full((2 * ROOM + rows * (width + gap) * dtype.itemsize,), blank, dtype=torch.uint8)
+        memory = torch.full((2 * ROOM + rows * (width + gap) * dtype.itemsize,),
+                            255 if dtype.is_floating_point else 0, dtype=torch.uint8)  # a NaN of any format, or 0
+        begin, end = np.uint64([memory.data_ptr() + ROOM, memory.data_ptr() + len(memory) - ROOM])
+        place = np.searchsorted(self.begins, begin)
+        self.begins, self.ends = np.insert(self.begins, place, begin), np.insert(self.ends, place, end)
         inside = memory[ROOM:-ROOM].view(dtype).view(rows, width + gap)
-        self.closed += [(memory[:ROOM], blank), (memory[-ROOM:], blank)]
-        if gap:
-            self.closed.append((inside[:, width:].view(torch.uint8), blank))
-            return inside[:, :width]
-        return inside.view(shape)
+        return inside[:, :width] if gap else inside.view(shape)
 
     def empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.empty(tensor.shape, dtype=tensor.dtype)
@@ -469,8 +503,30 @@ class Rooms:
     def copy(self, tensor: torch.Tensor, gap: int = 0) -> torch.Tensor:
         return self.empty(tensor.shape, dtype=tensor.dtype, gap=gap).copy_(tensor)
 
-    def trampled(self) -> bool:
-        return not all(bool((memory == blank).all()) for memory, blank in self.closed)
+    def watch(self, patch: pytest.MonkeyPatch) -> None:
+        """Has every load and store of the interpreter looked at, and tensors made here while it is."""
+        builder = interpreter.InterpreterBuilder
+        load, store = builder.create_masked_load, builder.create_masked_store
+
+        def watched_load(builder, at, mask, *others, **more):
+            self.look("read", at.data, mask.data)
+            return load(builder, at, mask, *others, **more)
+
+        def watched_store(builder, at, value, mask, *others, **more):
+            self.look("written", at.data, mask.data)
+            return store(builder, at, value, mask, *others, **more)
+
+        patch.setattr(builder, "create_masked_load", watched_load)
+        patch.setattr(builder, "create_masked_store", watched_store)
+        patch.setattr(torch, "empty", self.empty)
+        patch.setattr(torch, "empty_like", self.empty_like)
+
+    def look(self, done: str, at: np.ndarray, mask: np.ndarray) -> None:
+        at = at[mask]
+        tensor = np.searchsorted(self.begins, at, side="right") - 1
+        outside = int(((tensor < 0) | (at >= self.ends[tensor])).sum())
+        if outside and not self.astray:
+            self.astray = f"{outside} addresses outside of any tensor are {done}"
 
 
 @lru_cache(maxsize=None)
@@ -491,13 +547,10 @@ def failure(module, case: str, monkeypatch) -> str:
     kwargs = {name: rooms.copy(tensor, gap=16 if name == "out" else 0) for name, tensor in kwargs.items()}
     kernel = module.experts(**traits, platform=Platform.parse("interpreter"), tiles=lambda tokens: chosen)
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "empty", rooms.empty)
-        patch.setattr(torch, "empty_like", rooms.empty_like)
+        rooms.watch(patch)
         result = kernel(*args, **kwargs)
     verdict = oracle.check(traits, args, kwargs, result)
-    if not verdict.passed:
-        return verdict.detail
-    return "it wrote beyond a tensor" if rooms.trampled() else ""
+    return rooms.astray if verdict.passed else verdict.detail
 
 
 @pytest.fixture
