@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import sys
+import textwrap
 from pathlib import Path
 from typing import Iterable, Sequence
 
@@ -330,17 +331,23 @@ Contract `{contract}`. Traits:
 
 {traits}
 
-Every call must satisfy: {relations}.
-{kernel}"""
+{relations}{kernel}"""
 
 
 def op_section(op) -> str:
-    signature = str(inspect.signature(op.contract.signature))
-    kernel = f"\nA kernel's signature: `{signature}`.\n"
-    if op.contract.schema:
-        kernel += f"\nAs a torch op: `kernel_registry::{op.name.replace('.', '_')}{op.contract.schema}`.\n"
+    contract, torch_name = op.contract, f"kernel_registry::{op.name.replace('.', '_')}"
+    relations = ", ".join(code(r.text) for r in op.space.relations)
+    kernel = "\n" + filled(f"A kernel's signature: `{inspect.signature(contract.signature)}`.")
+    if contract.schema:
+        kernel += "\n" + filled(f"As a torch op: `{torch_name}{contract.schema}`.")
+    if contract.schema_out:
+        kernel += "\n" + filled(f"Writing into `out`: `{torch_name}_out{contract.schema_out}`.")
     return _OP.format(name=op.name, contract=op.contract_target, traits=traits(op.space), kernel=kernel,
-                      relations=", ".join(code(r.text) for r in op.space.relations))
+                      relations=filled(f"Every call must satisfy: {relations}."))
+
+
+def filled(paragraph: str) -> str:
+    return textwrap.fill(paragraph, 120, break_long_words=False, break_on_hyphens=False) + "\n"
 
 
 def document() -> str:

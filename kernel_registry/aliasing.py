@@ -154,19 +154,33 @@ def delivering(kernel: Callable, contract: type[Contract], *, accepts: bool) -> 
     def write(*args, out=None, **kwargs):
         if out is None:
             raise _missing()
-        if not why_not(out, names, reads(args, kwargs), in_place):
+        try:
+            obstacle = why_not(out, names, reads(args, kwargs), in_place)
+        except AttributeError:
+            _refuse_others(("out", *names), (out, *reads(args, kwargs)))
+            raise
+        if not obstacle:
             return kernel(*args, out=out, **kwargs)
         return out.copy_(kernel(*args, out=out.new_empty(out.shape), **kwargs))
 
     def copy(*args, out=None, **kwargs):
         if out is None:
             raise _missing()
+        _refuse_others(("out",), (out,))
         refuse_repeated(out)
         result = kernel(*args, **kwargs)
         refuse_misfit(out, result)
         return out.copy_(result)
 
     return write if accepts else copy
+
+
+def _refuse_others(names: Sequence[str], given: Sequence) -> None:
+    """Raises InputError for the first that is no tensor."""
+    for name, tensor in zip(names, given):
+        if tensor is not None and not hasattr(tensor, "is_contiguous"):
+            raise InputError(f"{name} is of type {type(tensor).__name__}, expected a tensor",
+                             hint=f"pass a tensor as {name}, or leave it out where the traits do not ask for it")
 
 
 def _missing() -> InputError:

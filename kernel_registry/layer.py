@@ -64,7 +64,8 @@ def moe_layer(config: "str | Mapping | ModelConfig | LayerTraits", w13, w2, *, c
     """The layer of a model with these weights, its kernels bound.
 
     config           what `kernel-registry plan` takes, or LayerTraits where a config does not say it all
-    w13, w2          the experts' weights that are here; their shapes go before the config's, so shards are welcome
+    w13, w2          the experts' weights that are here; their shapes go before the config's, so shards are welcome.
+                     Without an expert_map these are all experts that the router chooses among
     correction_bias  exactly where the router has one
     shared_expert    called with hidden_states, returns what is added; a call may bring `shared_output` instead
     shared_stream    a torch.cuda.Stream for it, beside routing and experts
@@ -82,6 +83,13 @@ def moe_layer(config: "str | Mapping | ModelConfig | LayerTraits", w13, w2, *, c
     if (correction_bias is not None) != has_bias:
         raise TraitError(f"correction_bias is {'missing' if has_bias else 'given'}, the router has has_bias={has_bias}",
                          where=traits.name)
+    routed = traits.routing["num_experts"] + traits.routing.get("num_fused_shared_experts", 0)
+    table = tensors.get("expert_map")
+    if (w13 if table is None else table).shape[0] != routed:
+        told = f"w13 has {w13.shape[0]} experts" if table is None else f"expert_map has {table.shape[0]} entries"
+        raise TraitError(f"{told}, the router chooses among {routed}", where=traits.name,
+                         hint="what it chooses and nobody has would count as zeros: pass an expert_map with an entry "
+                              "for each of the router's experts, -1 for those of other machines")
     return MoELayer(traits, w13, w2, {name: tensors.get(name) for name in _TENSORS}, correction_bias, shared_expert,
                     shared_stream, registry)
 

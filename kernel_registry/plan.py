@@ -242,12 +242,18 @@ def _could_match(rule: Rule, kernel) -> bool:
 
 
 def _refuse_variance(op: Op, kernel) -> None:
-    names = kernel.table.winners()
-    tags = {op.by_name[name].numerics for name in names}
-    if len(names) > 1 and (None in tags or len(tags) > 1):
-        raise PlanError(f"{kernel.request} runs {' or '.join(names)} depending on "
+    winners = [op.by_name[name] for name in kernel.table.winners()]
+    tags = {winner.numerics for winner in winners}
+    if len(winners) > 1 and (None in tags or len(tags) > 1):
+        raise PlanError(f"{kernel.request} runs {' or '.join(kernel.table.winners())} depending on "
                         f"{kernel.table.trait}, and they are not declared to agree bit for bit", where=op.name,
                         hint="override to one of them, or give both the same `numerics` tag once verify proves it")
+    tiled = next((winner for winner in winners if winner.tiles and winner.numerics is None), None)
+    if tiled and "num_tokens" in kernel.request.open:
+        raise PlanError(f"{kernel.request} runs {tiled.name} with tiles that depend on num_tokens, and it is not "
+                        "declared to agree bit for bit whichever it is", where=op.name,
+                        hint="override to one that takes no tiles, or give it a `numerics` tag where no tile changes "
+                             "a bit")
 
 
 def _rows(table: Table, when: dict | None = None) -> list[dict]:

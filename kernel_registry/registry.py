@@ -135,7 +135,8 @@ class Registry:
         """Everything dispatched so far as a plan: canonical, diffable, loadable, with a fingerprint.
 
         Raises OverrideError for an override that no dispatched call matched and, with `batch_invariant`, PlanError
-        where the choice depends on a dynamic trait and the kernels are not declared to agree bit for bit."""
+        where the choice, or a kernel's tile, depends on a dynamic trait and the kernels are not declared to agree bit
+        for bit."""
         from .plan import freeze
 
         return freeze(self.state, batch_invariant=batch_invariant)

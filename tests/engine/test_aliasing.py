@@ -233,6 +233,16 @@ def test_an_out_that_does_not_fit_is_an_error_and_stays_as_it_is(source, impleme
     assert out is None or out.is_meta or not out.any()
 
 
+@pytest.mark.parametrize("implementation", ["writes", "returns"])
+@pytest.mark.parametrize("name", ["out", "shared_output", "expert_output"])
+def test_what_is_no_tensor_is_named(source, implementation, name):
+    (rows, *others), kwargs = call()
+    given = {"expert_output": rows, **kwargs, name: [1.0]}
+    with pytest.raises(InputError, match=f"{name} is .*list, expected"):
+        source.dispatch(OP, implementation=implementation, output_alias=True, **LAYER)(
+            given.pop("expert_output"), *others, **given)
+
+
 def test_the_choice_does_not_depend_on_who_can_write_into_it(source):
     """What only copies is not refused for it, and is told as what it is."""
     assert source.dispatch(OP, output_alias=True, **LAYER).name == source.dispatch(OP, **LAYER).name == "writes"

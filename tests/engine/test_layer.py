@@ -195,6 +195,19 @@ def test_refused(change, error, message):
         made(**change)
 
 
+@pytest.mark.parametrize("given,error", [
+    (dict(w13=10), "w13 has 10 experts, the router chooses among 12"),  # tokens of the other two would get zeros
+    (dict(w13=10, expert_map=11), "expert_map has 11 entries, the router chooses among 12"),
+])
+def test_experts_that_the_router_can_choose_and_nobody_has_are_refused(given, error):
+    weights, *_ = inputs()
+    tensors = {name: weights[name][:given["w13"]].contiguous() for name in ("w13", "w2")}
+    if "expert_map" in given:
+        tensors["expert_map"] = torch.arange(given["expert_map"], device=DEVICE) % given["w13"]
+    with pytest.raises(TraitError, match=error):
+        moe_layer(TRAITS, **tensors, correction_bias=BIAS)
+
+
 def test_wrong_tensors_are_the_ops_own_errors():
     layer, hidden, logits = made()
     for wrong, about in ((dict(hidden_states=hidden.half(), router_logits=logits), "hidden_states"),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from types import SimpleNamespace
 
 import pytest
+from engine_support import call
 
 from kernel_registry.errors import OverrideError, PlanError, RegistryError
 from kernel_registry.plan import Plan
@@ -17,10 +17,6 @@ THREE = {
     "fused": {"when": {"scoring": "softmax", "groups": "any"}},
     "reference": {"when": {"groups": "any"}, "fallback": True},
 }
-
-
-def call(tokens=1, contiguous=True):
-    return SimpleNamespace(tokens=tokens, contiguous=contiguous)
 
 
 def ask(registry, op, order=1):
@@ -299,6 +295,22 @@ def test_an_override_to_one_of_them_makes_it_invariant(toy):
     registry.bind(toy.OP, size=8)
     registry.load_overrides(toy.overrides({"use": "reference", "when": {"size": 8}}))
     registry.freeze(batch_invariant=True)
+
+
+def test_tiles_that_depend_on_the_batch_are_refused_too(toy):
+    target = toy.module("def tiled(*, tiles, **traits):\n    return lambda x: tiles(x.tokens)\n")
+    tiles = toy.module("def default(traits, num_tokens):\n    return {'rows': num_tokens}\n")
+    entry = {"target": f"{target}:tiled", "tiles": tiles, "when": {}}
+    for name, fine in (("tiled", False), ("sure", True)):
+        registry = toy.registry({name: {**entry, **({"numerics": "any tile"} if fine else {})}})
+        registry.dispatch(toy.OP, size=8, num_tokens=3)
+        registry.freeze(batch_invariant=True)  # of one number of tokens there is one tile
+        registry.bind(toy.OP, size=8)
+        if fine:
+            registry.freeze(batch_invariant=True)
+        else:
+            with pytest.raises(PlanError, match="runs tiled with tiles that depend on num_tokens.*bit for bit"):
+                registry.freeze(batch_invariant=True)
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------

@@ -7,9 +7,8 @@ are one run; a block is up to BLOCK_M routes of one run. Routes without a local 
     blocks        [3, NB] int32        a block's expert, its first position, its number of rows
     num_blocks    [1] int32            how many blocks there are; NB is the most there can be
 
-Few routes: `align_few`, one launch, in which every program reads all ids and counts those that go before its own.
-Many: `count_chunks`, then `place_chunks`, which knows from the counts of all chunks where each of its routes goes.
-Both give the same: nothing depends on which program is faster.
+One program counts and writes the blocks; each of the others places the routes of one expert, which it knows how from
+two passes over all ids: how many go before it, then where its own are. Nothing depends on which program is faster.
 """
 
 from __future__ import annotations
@@ -45,63 +44,31 @@ def store_blocks(counts, blocks, num_blocks, most_blocks, NUM_EXPERTS: tl.conste
 
 
 @triton.jit
-def align_few(program, topk_ids, expert_map, map_size, order, blocks, num_blocks, num_routes, most_blocks,
-              NUM_EXPERTS: tl.constexpr, BINS: tl.constexpr, BLOCK_M: tl.constexpr,
-              CHUNK: tl.constexpr, STEP: tl.constexpr):
-    """Program 0 writes the blocks; program 1 + c places the routes of chunk c."""
-    if program == 0:
-        counts = tl.zeros([BINS], tl.int32)
-        for begin in range(0, num_routes, STEP):
-            routes = begin + tl.arange(0, STEP)
-            ids = local_expert(topk_ids, expert_map, map_size, routes, routes < num_routes, NUM_EXPERTS)
-            counts += tl.histogram(ids, BINS, mask=ids < NUM_EXPERTS)
-        store_blocks(counts, blocks, num_blocks, most_blocks, NUM_EXPERTS, BINS, BLOCK_M)
-    else:
-        own = (program - 1) * CHUNK + tl.arange(0, CHUNK)
-        own_ids = local_expert(topk_ids, expert_map, map_size, own, own < num_routes, NUM_EXPERTS)
-        before = tl.zeros([CHUNK], tl.int32)
-        for begin in range(0, num_routes, STEP):
-            routes = begin + tl.arange(0, STEP)
-            ids = local_expert(topk_ids, expert_map, map_size, routes, routes < num_routes, NUM_EXPERTS)
-            earlier = (ids[None, :] < own_ids[:, None]) | (
-                (ids[None, :] == own_ids[:, None]) & (routes[None, :] < own[:, None]))
-            before += tl.sum(earlier.to(tl.int32), axis=1)
-        tl.store(order + before, own, mask=own_ids < NUM_EXPERTS)
+def list_blocks(topk_ids, expert_map, map_size, blocks, num_blocks, num_routes, most_blocks, NUM_EXPERTS: tl.constexpr,
+                BINS: tl.constexpr, BLOCK_M: tl.constexpr, STEP: tl.constexpr):
+    """One program writes all blocks."""
+    counts = tl.zeros([BINS], tl.int32)
+    for begin in range(0, num_routes, STEP):
+        routes = begin + tl.arange(0, STEP)
+        ids = local_expert(topk_ids, expert_map, map_size, routes, routes < num_routes, NUM_EXPERTS)
+        counts += tl.histogram(ids, BINS, mask=ids < NUM_EXPERTS)
+    store_blocks(counts, blocks, num_blocks, most_blocks, NUM_EXPERTS, BINS, BLOCK_M)
 
 
 @triton.jit
-def count_chunk(chunk, topk_ids, expert_map, map_size, counts, num_routes, NUM_EXPERTS: tl.constexpr,
-                BINS: tl.constexpr, CHUNK: tl.constexpr):
-    """counts[chunk, e] is how many routes of the chunk go to expert e."""
-    routes = chunk * CHUNK + tl.arange(0, CHUNK)
-    ids = local_expert(topk_ids, expert_map, map_size, routes, routes < num_routes, NUM_EXPERTS)
-    tl.store(counts + chunk * BINS + tl.arange(0, BINS), tl.histogram(ids, BINS, mask=ids < NUM_EXPERTS))
-
-
-@triton.jit(do_not_specialize=["map_size", "num_routes", "num_chunks", "most_blocks"])
-def place_chunks(topk_ids, expert_map, map_size, counts, order, blocks, num_blocks, num_routes, num_chunks, most_blocks,
-                 NUM_EXPERTS: tl.constexpr, BINS: tl.constexpr, BLOCK_M: tl.constexpr,
-                 CHUNK: tl.constexpr, ROWS: tl.constexpr, DEPENDENT: tl.constexpr):
-    """Grid: 1 + chunks. The first program writes the blocks, program 1 + c places the routes of chunk c."""
-    chunk = tl.program_id(0) - 1
-    if DEPENDENT:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    bins = tl.arange(0, BINS)
-    total = tl.zeros([BINS], tl.int32)
-    before = tl.zeros([BINS], tl.int32)
-    for begin in range(0, num_chunks, ROWS):
-        rows = begin + tl.arange(0, ROWS)
-        found = tl.load(counts + rows[:, None] * BINS + bins[None, :], mask=rows[:, None] < num_chunks, other=0)
-        total += tl.sum(found, axis=0)
-        before += tl.sum(tl.where(rows[:, None] < chunk, found, 0), axis=0)
-    if chunk < 0:
-        store_blocks(total, blocks, num_blocks, most_blocks, NUM_EXPERTS, BINS, BLOCK_M)
-        return
-    base = tl.cumsum(total, 0) - total + before
-    routes = chunk * CHUNK + tl.arange(0, CHUNK)
-    ids = local_expert(topk_ids, expert_map, map_size, routes, routes < num_routes, NUM_EXPERTS)
-    earlier = (ids[None, :] == ids[:, None]) & (routes[None, :] < routes[:, None])
-    rank = tl.sum(earlier.to(tl.int32), axis=1)
-    local = ids < NUM_EXPERTS
-    tl.store(order + tl.gather(base, tl.where(local, ids, 0), 0) + rank, routes, mask=local)
+def place_routes(expert, topk_ids, expert_map, map_size, order, num_routes, NUM_EXPERTS: tl.constexpr,
+                 STEP: tl.constexpr):
+    """One program writes the run of `expert`."""
+    before = tl.zeros([STEP], tl.int32)
+    for begin in range(0, num_routes, STEP):
+        routes = begin + tl.arange(0, STEP)
+        ids = local_expert(topk_ids, expert_map, map_size, routes, routes < num_routes, NUM_EXPERTS)
+        before += (ids < expert).to(tl.int32)
+    at = tl.sum(before)
+    for begin in range(0, num_routes, STEP):
+        routes = begin + tl.arange(0, STEP)
+        ids = local_expert(topk_ids, expert_map, map_size, routes, routes < num_routes, NUM_EXPERTS)
+        own = (ids == expert).to(tl.int32)
+        through = tl.cumsum(own, 0)
+        tl.store(order + at + through - own, routes, mask=own != 0)
+        at += tl.sum(own)

@@ -10,10 +10,9 @@ from __future__ import annotations
 import torch
 
 from kernel_registry.errors import InputError
+from kernel_registry.ops.moe.arguments import FLOATS, INTEGERS, names, refuse
 
-from .formats import ACTIVATIONS, FLOATS, WEIGHTS, w2_matrix, w13_matrix
-
-INTEGERS = (torch.int32, torch.int64)
+from .formats import ACTIVATIONS, WEIGHTS, w2_matrix, w13_matrix
 
 
 def make_checks(*, num_experts, topk, hidden_size, intermediate_size, dtype="bfloat16", weight_quant="none",
@@ -35,13 +34,13 @@ def make_checks(*, num_experts, topk, hidden_size, intermediate_size, dtype="bfl
         shape = hidden_states.shape if isinstance(hidden_states, torch.Tensor) else ()
         if (len(shape) != 2 or shape[1] != hidden_size or hidden_states.dtype is not hidden_dtype
                 or not hidden_states.is_contiguous()):
-            _refuse("hidden_states", hidden_states, f"contiguous [tokens, {hidden_size}] {dtype}")
+            refuse("hidden_states", hidden_states, f"contiguous [tokens, {hidden_size}] {dtype}")
         tokens, device = shape[0], hidden_states.device
 
         def need(name, tensor, wanted, dtypes):
             if (not isinstance(tensor, torch.Tensor) or tensor.shape != wanted or tensor.dtype not in dtypes
                     or tensor.device != device or not tensor.is_contiguous()):
-                _refuse(name, tensor, f"contiguous {list(wanted)} {_names(dtypes)} on {device}")
+                refuse(name, tensor, f"contiguous {list(wanted)} {names(dtypes)} on {device}")
 
         need("w13", w13, w13_shape, stored)
         need("w2", w2, w2_shape, stored)
@@ -56,7 +55,7 @@ def make_checks(*, num_experts, topk, hidden_size, intermediate_size, dtype="bfl
             for name, tensor in (("a13_scale", a13_scale), ("a2_scale", a2_scale)):
                 if (not isinstance(tensor, torch.Tensor) or tensor.numel() != 1 or tensor.dim() > 1
                         or tensor.dtype is not torch.float32 or tensor.device != device):
-                    _refuse(name, tensor, f"[1] or scalar float32 on {device}")
+                    refuse(name, tensor, f"[1] or scalar float32 on {device}")
         elif a13_scale is not None or a2_scale is not None:
             _unasked("a13_scale" if a13_scale is not None else "a2_scale", f"act_quant={act_quant}")
         if has_bias:
@@ -68,32 +67,18 @@ def make_checks(*, num_experts, topk, hidden_size, intermediate_size, dtype="bfl
             if (not isinstance(expert_map, torch.Tensor) or expert_map.dim() != 1 or expert_map.shape[0] == 0
                     or expert_map.dtype not in INTEGERS or expert_map.device != device
                     or not expert_map.is_contiguous()):
-                _refuse("expert_map", expert_map, f"contiguous [experts of all machines] int32 or int64 on {device}")
+                refuse("expert_map", expert_map, f"contiguous [experts of all machines] int32 or int64 on {device}")
         elif expert_map is not None:
             _unasked("expert_map", "expert_parallel=False")
         if output_alias:  # its rows may lie apart
             if (not isinstance(out, torch.Tensor) or out.shape != (tokens, hidden_size) or out.dtype is not hidden_dtype
                     or out.device != device):
-                _refuse("out", out, f"{[tokens, hidden_size]} {_names([hidden_dtype])} on {device}")
+                refuse("out", out, f"{[tokens, hidden_size]} {names([hidden_dtype])} on {device}")
         elif out is not None:
             _unasked("out", "output_alias=False")
         return tokens
 
     return check
-
-
-def _names(dtypes) -> str:
-    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-
-
-def _refuse(name: str, got: object, expected: str):
-    if isinstance(got, torch.Tensor):
-        strided = "" if got.is_contiguous() else "strided "
-        got = f"{strided}{list(got.shape)} {_names([got.dtype])} on {got.device}"
-    else:
-        got = "None" if got is None else type(got).__name__
-    raise InputError(f"{name} is {got}, expected {expected}",
-                     hint="dispatch again with the traits of these tensors, or pass the tensors dispatched for")
 
 
 def _unasked(name: str, traits: str):

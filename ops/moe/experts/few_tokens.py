@@ -25,6 +25,53 @@ def quantised_groups(x, BLOCK: tl.constexpr, GROUP: tl.constexpr):
     return tl.reshape(values, [BLOCK]), tl.reshape(scale, [BLOCK])
 
 
+@triton.jit
+def finish_up(gate, up, w13_bias, topk_weights, act, act_scale, expert, route, rows, INTERMEDIATE: tl.constexpr,
+              INTERLEAVED: tl.constexpr, GROUP: tl.constexpr, ACTIVATION: tl.constexpr, WEIGHT_ON_INPUT: tl.constexpr,
+              ROUND: tl.constexpr, PTX: tl.constexpr):
+    """Stores one route's activations of `rows`, of which gate and up are the products; quantised where there is
+    act_scale, for which `rows` must be one group."""
+    inside = rows < INTERMEDIATE
+    if w13_bias is not None:
+        at = w13_bias + expert.to(tl.int64) * (2 * INTERMEDIATE)
+        step: tl.constexpr = 2 if INTERLEAVED else 1
+        half: tl.constexpr = 1 if INTERLEAVED else INTERMEDIATE
+        gate += widen(tl.load(at + step * rows, mask=inside, other=0.0))
+        up += widen(tl.load(at + half + step * rows, mask=inside, other=0.0))
+    if WEIGHT_ON_INPUT:
+        weight = widen(tl.load(topk_weights + route))
+        gate *= weight
+        up *= weight
+    y = activate(gate, up, ACTIVATION, PTX)
+    if ROUND is not None:
+        y = widen(narrow(y, ROUND))
+    if act_scale is not None:
+        scale = scale_of(tl.max(tl.where(inside, tl.abs(y), 0.0), axis=0), "fp8")
+        tl.store(act_scale + route * ((INTERMEDIATE + GROUP - 1) // GROUP) + tl.min(rows, axis=0) // GROUP, scale)
+        y = quantised(y, scale, "fp8")
+    tl.store(act + route.to(tl.int64) * INTERMEDIATE + rows, y, mask=inside)
+
+
+@triton.jit
+def finish_down(y, w2_bias, topk_weights, topk_ids, expert_map, map_size, out, out_stride, token, rows,
+                TOPK: tl.constexpr, SLOTS: tl.constexpr, NUM_EXPERTS: tl.constexpr, HIDDEN: tl.constexpr,
+                WEIGHT_ON_INPUT: tl.constexpr):
+    """Stores one token's result in `rows`, the sum over slots of their products y [SLOTS, rows]."""
+    slots = tl.arange(0, SLOTS)
+    routes = token * TOPK + slots
+    experts = local_expert(topk_ids, expert_map, map_size, routes, slots < TOPK, NUM_EXPERTS)
+    local = experts < NUM_EXPERTS
+    inside = rows < HIDDEN
+    if w2_bias is not None:
+        y += widen(tl.load(w2_bias + experts.to(tl.int64)[:, None] * HIDDEN + rows[None, :],
+                           mask=local[:, None] & inside[None, :], other=0.0))
+    if not WEIGHT_ON_INPUT:
+        weights = widen(tl.load(topk_weights + routes, mask=local, other=0.0))
+        y *= weights[:, None]
+    total = tl.sum(tl.where(local[:, None], y, 0.0), axis=0)
+    tl.store(out + token.to(tl.int64) * out_stride + rows, narrow(total, out.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=["map_size"])
 def pair_up(hidden, row_stride, w13, w13_scale, w13_bias, topk_weights, topk_ids, expert_map, map_size, act,
             TOPK: tl.constexpr, NUM_EXPERTS: tl.constexpr, HIDDEN: tl.constexpr,
@@ -78,20 +125,8 @@ def pair_up(hidden, row_stride, w13, w13_scale, w13_bias, topk_weights, topk_ids
             gate += widen(g) * x[None, :]
             up += widen(u) * x[None, :]
     gate, up = tl.sum(gate, axis=1), tl.sum(up, axis=1)
-    if w13_bias is not None:
-        at = w13_bias + expert.to(tl.int64) * (2 * INTERMEDIATE)
-        step: tl.constexpr = 2 if INTERLEAVED else 1
-        half: tl.constexpr = 1 if INTERLEAVED else INTERMEDIATE
-        gate += widen(tl.load(at + step * rows, mask=inside, other=0.0))
-        up += widen(tl.load(at + half + step * rows, mask=inside, other=0.0))
-    if WEIGHT_ON_INPUT:
-        weight = widen(tl.load(topk_weights + route))
-        gate *= weight
-        up *= weight
-    y = activate(gate, up, ACTIVATION, PTX)
-    if ROUND is not None:
-        y = widen(narrow(y, ROUND))
-    tl.store(act + route.to(tl.int64) * INTERMEDIATE + rows, y, mask=inside)
+    finish_up(gate, up, w13_bias, topk_weights, act, None, expert, route, rows, INTERMEDIATE, INTERLEAVED, GROUP,
+              ACTIVATION, WEIGHT_ON_INPUT, ROUND, PTX)
 
 
 @triton.jit(do_not_specialize=["map_size"])
@@ -137,11 +172,5 @@ def pair_down(act, w2, w2_scale, w2_bias, topk_weights, topk_ids, expert_map, ma
             w = tl.load(w_at + k, mask=w_there & there[None, None, :], other=0.0, eviction_policy="evict_first")
         acc += widen(w) * a[:, None, :]
     y = tl.sum(acc, axis=2)
-    if w2_bias is not None:
-        y += widen(tl.load(w2_bias + experts.to(tl.int64)[:, None] * HIDDEN + rows[None, :],
-                           mask=local[:, None] & inside[None, :], other=0.0))
-    if not WEIGHT_ON_INPUT:
-        weights = widen(tl.load(topk_weights + routes, mask=local, other=0.0))
-        y *= weights[:, None]
-    total = tl.sum(tl.where(local[:, None], y, 0.0), axis=0)
-    tl.store(out + token.to(tl.int64) * out_stride + rows, narrow(total, out.dtype.element_ty), mask=inside)
+    finish_down(y, w2_bias, topk_weights, topk_ids, expert_map, map_size, out, out_stride, token, rows, TOPK, SLOTS,
+                NUM_EXPERTS, HIDDEN, WEIGHT_ON_INPUT)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+from kernel_registry.ops.moe.arguments import FLOATS
 
 
 @dataclass(frozen=True)

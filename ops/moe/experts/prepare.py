@@ -1,6 +1,7 @@
 """The first launch of the grouped way: routes are aligned and, where the format asks for it, hidden rows quantised.
 
-Neither needs the other, so they share a launch: the first programs align, each of the rest quantises one token.
+Neither needs the other, so they share a launch: the first program lists the blocks, one for each expert places its
+routes, each of the rest quantises one token.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..casts import widen
-from .align import align_few, count_chunk
+from .align import list_blocks, place_routes
 from .arithmetic import quantised, scale_of
 
 
@@ -38,25 +39,25 @@ def quantise_row(token, hidden, row_stride, quantised_hidden, hidden_scale, stat
     tl.store(quantised_hidden + token.to(tl.int64) * HIDDEN + columns, x, mask=live)
 
 
-@triton.jit(do_not_specialize=["map_size", "num_tokens", "num_routes", "most_blocks", "align_programs"])
-def prepare(topk_ids, expert_map, map_size, order, blocks, num_blocks, counts, hidden, row_stride, quantised_hidden,
-            hidden_scale, static_scale, num_tokens, num_routes, most_blocks, align_programs, NUM_EXPERTS: tl.constexpr,
-            BINS: tl.constexpr, BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr, HIDDEN: tl.constexpr,
-            BLOCK: tl.constexpr, GROUP: tl.constexpr, ACT_QUANT: tl.constexpr, KIND: tl.constexpr, FEW: tl.constexpr,
-            DEPENDENT: tl.constexpr):
-    """Grid: align_programs, and T more where ACT_QUANT is not "none"."""
+@triton.jit(do_not_specialize=["map_size", "num_tokens", "num_routes", "most_blocks"])
+def prepare(topk_ids, expert_map, map_size, order, blocks, num_blocks, tickets, hidden, row_stride, quantised_hidden,
+            hidden_scale, static_scale, num_tokens, num_routes, most_blocks, NUM_EXPERTS: tl.constexpr,
+            BINS: tl.constexpr, BLOCK_M: tl.constexpr, STEP: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr,
+            GROUP: tl.constexpr, ACT_QUANT: tl.constexpr, KIND: tl.constexpr, DEPENDENT: tl.constexpr):
+    """Grid: 1 + NUM_EXPERTS, and T more where ACT_QUANT is not "none". `tickets` [2] int32, of both products, become
+    0."""
     program = tl.program_id(0)
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    if program < align_programs:
-        if FEW:
-            align_few(program, topk_ids, expert_map, map_size, order, blocks, num_blocks, num_routes, most_blocks,
-                      NUM_EXPERTS, BINS, BLOCK_M, CHUNK, STEP)
-        else:
-            count_chunk(program, topk_ids, expert_map, map_size, counts, num_routes, NUM_EXPERTS, BINS, CHUNK)
+    if program == 0:
+        tl.store(tickets + tl.arange(0, 2), 0)
+        list_blocks(topk_ids, expert_map, map_size, blocks, num_blocks, num_routes, most_blocks, NUM_EXPERTS, BINS,
+                    BLOCK_M, STEP)
+    elif program <= NUM_EXPERTS:
+        place_routes(program - 1, topk_ids, expert_map, map_size, order, num_routes, NUM_EXPERTS, STEP)
     elif ACT_QUANT != "none":
-        quantise_row(program - align_programs, hidden, row_stride, quantised_hidden, hidden_scale, static_scale,
+        quantise_row(program - 1 - NUM_EXPERTS, hidden, row_stride, quantised_hidden, hidden_scale, static_scale,
                      num_tokens, HIDDEN, BLOCK, GROUP, ACT_QUANT, KIND)
 
 

@@ -1,6 +1,7 @@
 """moe.experts in two Triton launches, for few tokens: no sorting, and the sum over slots inside of the second.
 
-Serves unquantised weights and fp8_block. The kernels are in few_tokens.py; here is what they are compiled with.
+Serves unquantised weights and fp8_block. The kernels are in few_tokens.py and, for experts in fp8 that are large, in
+few_tokens_dot.py; here is what they are compiled with.
 """
 
 from __future__ import annotations
@@ -8,11 +9,13 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import few_tokens
+from . import few_tokens, few_tokens_dot
 from .checks import make_checks
 from .launch import INTERPRETED, dependent_launch, on_gpu, ptx
 
+ELEMENTWISE = 512  # the largest I of experts in fp8 whose products are elementwise
 _ROUNDED = {"bfloat16": tl.bfloat16, "float16": tl.float16}
 
 
@@ -25,13 +28,30 @@ def experts(*, num_experts, topk, hidden_size, intermediate_size, dtype="bfloat1
                         act_quant=act_quant, group_size=group_size, activation=activation, has_bias=has_bias,
                         expert_parallel=expert_parallel, output_alias=output_alias)
     blocks = weight_quant == "fp8_block"
-    up, down = _tiles(blocks, hidden_size, intermediate_size, group_size)
+    up, down = _tiles(blocks, topk, hidden_size, intermediate_size, group_size)
+    dot = up.pop("DOT", False)
     dependent = dependent_launch(platform)
     pdl = {"launch_pdl": True} if dependent else {}
     shared = dict(TOPK=topk, NUM_EXPERTS=num_experts, HIDDEN=hidden_size, INTERMEDIATE=intermediate_size,
-                  FORMAT=weight_quant, GROUP=group_size, WEIGHT_ON_INPUT=apply_router_weight_on_input,
-                  DEPENDENT=dependent, **pdl)
-    rounded = None if blocks else _ROUNDED[dtype]
+                  GROUP=group_size, WEIGHT_ON_INPUT=apply_router_weight_on_input, DEPENDENT=dependent, **pdl)
+    first, second = few_tokens.pair_up, few_tokens.pair_down
+    if dot:
+        first, second = few_tokens_dot.pair_up_dot, few_tokens_dot.pair_down_dot
+    else:
+        shared["FORMAT"] = weight_quant
+        up["ROUND"] = None if blocks else _ROUNDED[dtype]
+    quantises = dot and up["BLOCK_N"] == group_size  # the first launch makes whole groups of the second's input
+    groups = -(-hidden_size // group_size)
+
+    def w13_for(w13):
+        """What the first launch reads w13 through."""
+        if not up.get("DESCRIPTOR"):
+            return w13
+        half, row = (hidden_size, 2 * hidden_size) if activation == "swigluoai" else \
+            (intermediate_size * hidden_size, hidden_size)
+        return TensorDescriptor(w13, [num_experts, groups, 2, intermediate_size, group_size],
+                                [2 * intermediate_size * hidden_size, group_size, half, row, 1],
+                                [1, up["PARTS"], 2, up["BLOCK_N"], group_size])
 
     def kernel(hidden_states, w13, w2, topk_weights, topk_ids, *, w13_scale=None, w2_scale=None, a13_scale=None,
                a2_scale=None, w13_bias=None, w2_bias=None, expert_map=None, out=None):
@@ -43,22 +63,36 @@ def experts(*, num_experts, topk, hidden_size, intermediate_size, dtype="bfloat1
         if tokens == 0:
             return out
         map_size = 0 if expert_map is None else expert_map.shape[0]
-        act = torch.empty((tokens * topk, intermediate_size), dtype=torch.float32, device=device)
+        routes = tokens * topk
+        act = torch.empty((routes, intermediate_size), dtype=torch.float8_e4m3fn if quantises else torch.float32,
+                          device=device)
+        scales = ()
+        if dot:
+            shape = (routes, -(-intermediate_size // group_size))
+            scales = (torch.empty(shape, dtype=torch.float32, device=device) if quantises else None,)
         with on_gpu(device):
-            few_tokens.pair_up[(tokens * topk, -(-intermediate_size // up["BLOCK_N"]))](
-                hidden_states, hidden_size, w13, w13_scale, w13_bias, topk_weights, topk_ids, expert_map, map_size, act,
-                INTERLEAVED=activation == "swigluoai", ACTIVATION=activation, ROUND=rounded, PTX=ptx(platform), **up,
-                **shared)
-            few_tokens.pair_down[(tokens, -(-hidden_size // down["BLOCK_N"]))](
-                act, w2, w2_scale, w2_bias, topk_weights, topk_ids, expert_map, map_size, out,
+            first[(routes, -(-intermediate_size // up["BLOCK_N"]))](
+                hidden_states, hidden_size, w13_for(w13), w13_scale, w13_bias, topk_weights, topk_ids, expert_map,
+                map_size, act, *scales, INTERLEAVED=activation == "swigluoai", ACTIVATION=activation, PTX=ptx(platform),
+                **up, **shared)
+            second[(tokens, -(-hidden_size // down["BLOCK_N"]))](
+                act, *scales, w2, w2_scale, w2_bias, topk_weights, topk_ids, expert_map, map_size, out,
                 out.stride(0), SLOTS=triton.next_power_of_2(topk), **down, **shared)
         return out
 
     return kernel
 
 
-def _tiles(blocks: bool, hidden_size: int, intermediate_size: int, group: int) -> tuple[dict, dict]:
-    """Launch parameters of both kernels: what was fastest on an H200 (docs/benchmarks.md)."""
+def _tiles(blocks: bool, topk: int, hidden_size: int, intermediate_size: int, group: int) -> tuple[dict, dict]:
+    """Launch parameters of both kernels: what was fastest on an H200 (docs/benchmarks.md). DOT: those of
+    few_tokens_dot.py."""
+    if blocks and intermediate_size > ELEMENTWISE:
+        slots = triton.next_power_of_2(topk)
+        parts = max(2, 16 // slots)  # with the slots, the columns that a matrix unit multiplies anyhow
+        held = intermediate_size <= 2048  # activations that registers have room for
+        return (dict(DOT=True, BLOCK_N=32, PARTS=2, WIDTH=8, STAGES=4, DESCRIPTOR=False, num_warps=4),
+                dict(BLOCK_N=128 // (slots * parts), PARTS=parts, WIDTH=8, STAGES=4, AHEAD=held, PREFETCH=False,
+                     num_warps=8))
     if INTERPRETED:  # which takes as long over a small tile as over a large one
         wide = max(group, 128)
         return (dict(BLOCK_N=group // 2 if blocks else 128, BLOCK_K=wide, STAGES=1, num_warps=4),

@@ -1,8 +1,9 @@
-"""moe.experts in four to six Triton launches: align (and quantise), first product, second product, sum over slots.
+"""moe.experts in four Triton launches: align (and quantise), first product, second product, sum over slots.
 
 Serves every weight format and option in bfloat16 and float16. Routes are sorted by expert, so that each expert's
-weights are read once for all of its rows. The kernels are in align.py, prepare.py and grouped.py; here is what they are
-compiled with, and the buffers between them.
+weights are read once for all of its rows. Formats that quantise whole rows of activations take a fifth launch for it. The
+kernels are in align.py, prepare.py, grouped.py and persistent.py; here is what they are compiled with, and the buffers
+between them.
 """
 
 from __future__ import annotations
@@ -13,13 +14,12 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import align, grouped, prepare, tiles as launch_parameters
+from . import grouped, prepare, tiles as launch_parameters
 from .checks import make_checks
 from .launch import INTERPRETED, dependent_launch, on_gpu, ptx
 
 FORMATS = {"none": "none", "fp8_block": "fp8_block", "fp8_channel": "fp8", "fp8_tensor": "fp8", "int8_channel": "int8",
            "int8_w8a16": "int8_w8a16", "int4_w4a16": "int4"}
-FEW_ROUTES = 2048  # up to here every program of the alignment reads all ids
 COLUMNS = 1024 if INTERPRETED else 256  # that a program sums; the interpreter takes as long over few as over many
 HALF_ROWS = 512  # tokens from which on rows wait for their sum in 16 bits: before, their bytes are few
 
@@ -77,34 +77,24 @@ def experts(*, num_experts, topk, hidden_size, intermediate_size, dtype="bfloat1
         block_m, up, down = chosen["BLOCK_M"], chosen["up"], chosen["down"]
         routes = tokens * topk
         most = min(routes, num_experts + routes // block_m)
-        few = routes <= FEW_ROUTES
-        chunk = 16 if few else 256
-        chunks = -(-routes // chunk)
         map_size = 0 if expert_map is None else expert_map.shape[0]
 
         def empty(*shape, dtype=torch.int32):
             return torch.empty(shape, dtype=dtype, device=device)
 
-        order, blocks, num_blocks = empty(routes), empty(3, most), empty(1)
-        counts = None if few else empty(chunks, bins)
+        order, blocks, num_blocks, tickets = empty(routes), empty(3, most), empty(1), empty(2)
         x, x_scale = hidden_states, a13_scale
         if stored is not None:
             x = empty(tokens, hidden_size, dtype=stored)
             if not static:
                 x_scale = empty(1 if by_row else -(-hidden_size // group_size), tokens, dtype=torch.float32)
-        aligning = 1 + chunks if few else chunks
         with on_gpu(device):
-            prepare.prepare[(aligning + (0 if stored is None else tokens),)](
-                topk_ids, expert_map, map_size, order, blocks, num_blocks, counts, hidden_states, hidden_size, x,
-                None if static else x_scale, a13_scale, tokens, routes, most, aligning, NUM_EXPERTS=num_experts,
-                BINS=bins, BLOCK_M=block_m, CHUNK=chunk, STEP=min(512, triton.next_power_of_2(routes)),
-                HIDDEN=hidden_size, BLOCK=max(group_size, triton.next_power_of_2(hidden_size)), ACT_QUANT=act_quant,
-                FEW=few, **acts, num_warps=8, **pdl)
-            if not few:
-                align.place_chunks[(1 + chunks,)](
-                    topk_ids, expert_map, map_size, counts, order, blocks, num_blocks, routes, chunks, most,
-                    NUM_EXPERTS=num_experts, BINS=bins, BLOCK_M=block_m, CHUNK=chunk, ROWS=max(1, 16384 // bins),
-                    DEPENDENT=dependent, num_warps=8, **pdl)
+            prepare.prepare[(1 + num_experts + (0 if stored is None else tokens),)](
+                topk_ids, expert_map, map_size, order, blocks, num_blocks, tickets, hidden_states, hidden_size, x,
+                None if static else x_scale, a13_scale, tokens, routes, most, NUM_EXPERTS=num_experts, BINS=bins,
+                BLOCK_M=block_m, STEP=min(4096, triton.next_power_of_2(routes)), HIDDEN=hidden_size,
+                BLOCK=max(group_size, triton.next_power_of_2(hidden_size)), ACT_QUANT=act_quant, **acts, num_warps=8,
+                **pdl)
 
             width = up["BLOCK_N"] * up["PASSES"]
             act_dtype = torch.float32 if by_row else stored or hidden_dtype

@@ -8,9 +8,7 @@ from __future__ import annotations
 import torch
 
 from kernel_registry.errors import InputError
-
-INTEGERS = (torch.int32, torch.int64)
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+from kernel_registry.ops.moe.arguments import FLOATS, INTEGERS, names, refuse
 
 
 def make_checks(*, topk: int, hidden_size: int, dtype: str, out_dtype: str, reduced: bool, weights_applied: bool,
@@ -23,7 +21,7 @@ def make_checks(*, topk: int, hidden_size: int, dtype: str, out_dtype: str, redu
     def check(expert_output, topk_weights, topk_ids, shared_output, expert_map, out):
         if not isinstance(expert_output, torch.Tensor) or expert_output.shape[1:] != rest or expert_output.dim() < 2 \
                 or expert_output.dtype is not row_dtype:
-            _refuse("expert_output", expert_output, told)
+            refuse("expert_output", expert_output, told)
         tokens, device = expert_output.shape[0], expert_output.device
 
         def tensor(name, given, dtypes, shape, wanted, why):
@@ -33,8 +31,7 @@ def make_checks(*, topk: int, hidden_size: int, dtype: str, out_dtype: str, redu
                                  hint=f"{'pass it' if wanted else 'pass None'}, or dispatch with other traits")
             if wanted and (not isinstance(given, torch.Tensor) or given.dtype not in dtypes or given.device != device
                            or given.shape != shape):
-                names = " or ".join(str(one).removeprefix("torch.") for one in dtypes)
-                _refuse(name, given, f"{[*shape]} {names} on {device}")
+                refuse(name, given, f"{[*shape]} {names(dtypes)} on {device}")
 
         slots, row = (tokens, topk), (tokens, hidden_size)
         if topk_weights is not None or not weights_applied:
@@ -53,15 +50,6 @@ def make_checks(*, topk: int, hidden_size: int, dtype: str, out_dtype: str, redu
         return tokens
 
     return check
-
-
-def _refuse(name: str, got: object, expected: str):
-    if isinstance(got, torch.Tensor):
-        got = f"{list(got.shape)} {str(got.dtype).removeprefix('torch.')} on {got.device}"
-    else:
-        got = type(got).__name__
-    raise InputError(f"{name} is {got}, expected {expected}",
-                     hint="dispatch again with the traits of these tensors, or pass the tensors dispatched for")
 
 
 def make_finished(*, dtype: str, out_dtype: str, reduced: bool, has_shared: bool):

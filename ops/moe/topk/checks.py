@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 
 from kernel_registry.errors import InputError
-
-INTEGERS = (torch.int32, torch.int64)
+from kernel_registry.ops.moe.arguments import INTEGERS, refuse
 
 
 def make_checks(*, num_experts: int, num_fused_shared_experts: int, has_bias: bool, dtype: str, bias_dtype: str):
@@ -22,7 +21,7 @@ def make_checks(*, num_experts: int, num_fused_shared_experts: int, has_bias: bo
     def check(router_logits, correction_bias, num_token_non_padded, expert_map):
         shape = router_logits.shape if isinstance(router_logits, torch.Tensor) else ()
         if len(shape) != 2 or shape[1] != num_experts or router_logits.dtype is not logits_dtype:
-            _refuse("router_logits", router_logits, f"[tokens, {num_experts}] {dtype}")
+            refuse("router_logits", router_logits, f"[tokens, {num_experts}] {dtype}")
         device = router_logits.device
         if correction_bias is None:
             if has_bias:
@@ -33,25 +32,16 @@ def make_checks(*, num_experts: int, num_fused_shared_experts: int, has_bias: bo
                              hint="pass None, or dispatch with has_bias=True")
         elif (not isinstance(correction_bias, torch.Tensor) or correction_bias.dtype is not wanted_bias_dtype
               or correction_bias.shape != bias_shape or correction_bias.device != device):
-            _refuse("correction_bias", correction_bias, f"[{num_experts}] {bias_dtype} on {device}")
+            refuse("correction_bias", correction_bias, f"[{num_experts}] {bias_dtype} on {device}")
         if num_token_non_padded is not None and (
                 not isinstance(num_token_non_padded, torch.Tensor) or num_token_non_padded.dtype not in INTEGERS
                 or num_token_non_padded.numel() != 1 or num_token_non_padded.device != device):
-            _refuse("num_token_non_padded", num_token_non_padded, f"one int32 or int64 element on {device}")
+            refuse("num_token_non_padded", num_token_non_padded, f"one int32 or int64 element on {device}")
         if expert_map is not None and (
                 not isinstance(expert_map, torch.Tensor) or expert_map.dtype not in INTEGERS
                 or expert_map.dim() != 1 or expert_map.shape[0] not in map_sizes or expert_map.device != device):
             sizes = " or ".join(f"[{n}]" for n in dict.fromkeys(map_sizes))
-            _refuse("expert_map", expert_map, f"{sizes} int32 or int64 on {device}")
+            refuse("expert_map", expert_map, f"{sizes} int32 or int64 on {device}")
         return shape[0]
 
     return check
-
-
-def _refuse(name: str, got: object, expected: str):
-    if isinstance(got, torch.Tensor):
-        got = f"{list(got.shape)} {str(got.dtype).removeprefix('torch.')} on {got.device}"
-    else:
-        got = type(got).__name__
-    raise InputError(f"{name} is {got}, expected {expected}",
-                     hint="dispatch again with the traits of these tensors, or pass the tensors dispatched for")
