@@ -7,8 +7,6 @@ from contextlib import contextmanager
 TOPK = FINALIZE = 1
 FEW_TOKENS = 2  # first layer, second layer
 GROUPED = 4  # alignment (beside it hidden states are quantised), first product, second product, sum over slots
-MANY_ROUTES = 2048  # up to here,
-GROUPED_MANY = 5  # and this is launched above: the alignment takes two
 BY_ROW = 1  # more, where activations are quantised by their whole rows
 
 
@@ -17,8 +15,7 @@ def of_experts(traits, tokens: int) -> int:
     quant, act = (traits.get(name, "none") for name in ("weight_quant", "act_quant"))
     if tokens == 1 and (quant == "none" or quant == "fp8_block" and traits["intermediate_size"] <= 512):
         return FEW_TOKENS
-    grouped = GROUPED if tokens * traits["topk"] <= MANY_ROUTES else GROUPED_MANY
-    return grouped + BY_ROW * act.endswith("_token")
+    return GROUPED + BY_ROW * act.endswith("_token")
 
 
 @contextmanager

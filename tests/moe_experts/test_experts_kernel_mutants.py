@@ -125,6 +125,7 @@ def halfway(hidden: torch.Tensor, quant: str) -> torch.Tensor:
 # ---- the bugs: name -> (file, what stands there once, what replaces it, the case that finds it) ----------------------
 
 GROUPED_PY, FEW_PY, PREPARE, ARITHMETIC = "grouped.py", "few_tokens.py", "prepare.py", "arithmetic.py"
+LOCAL = "\n    local = experts < NUM_EXPERTS\n"  # by what follows it, two functions are told apart
 ROUTE_WEIGHT = "widen(tl.load(topk_weights + tl.load(order + positions, mask=live, other=0), mask=live, other=1.0))"
 
 MUTANTS = {
@@ -313,8 +314,8 @@ MUTANTS = {
         GROUPED_PY, "local_expert(topk_ids, expert_map, map_size, route, True",
         "local_expert(topk_ids, None, 0, route, True", "expert parallel"),
     "the map is not used in the alignment": (
-        PREPARE, "align_few(program, topk_ids, expert_map, map_size", "align_few(program, topk_ids, None, 0",
-        "expert parallel"),
+        PREPARE, "place_routes(program - 1, topk_ids, expert_map, map_size",
+        "place_routes(program - 1, topk_ids, None, 0", "expert parallel"),
     "rows of out are as far apart as they are long": (
         GROUPED_PY, "out + token * out_stride", "out + token * HIDDEN", "rows of out apart"),
     # rows in 16 bits
@@ -442,15 +443,17 @@ MUTANTS = {
         FEW_PY, "known = columns < HIDDEN - k", "known = columns < HIDDEN", "few, fp8 blocks"),
     "few: scales past the last group are read, second layer": (
         FEW_PY, "mask=local[:, None] & (group < PER_ROW)[None, :]", "mask=local[:, None]", "few, fp8 blocks"),
-    "few: slots of the next token": (FEW_PY, "slots < TOPK, NUM_EXPERTS", "slots < SLOTS, NUM_EXPERTS", "few"),
+    "few: slots of the next token": (
+        FEW_PY, f"slots < TOPK, NUM_EXPERTS){LOCAL}    inside", f"slots < SLOTS, NUM_EXPERTS){LOCAL}    inside", "few"),
     "few: an id that is no expert's counts": (
-        FEW_PY, "local = experts < NUM_EXPERTS", "local = experts <= NUM_EXPERTS", "few, invalid ids"),
+        FEW_PY, "local = experts < NUM_EXPERTS\n    rows", "local = experts <= NUM_EXPERTS\n    rows",
+        "few, invalid ids"),
     "few: the map is not used": (
         FEW_PY, "local_expert(topk_ids, expert_map, map_size, route, True",
         "local_expert(topk_ids, None, 0, route, True", "few, expert parallel"),
     "few: the map is not used in the second layer": (
-        FEW_PY, "local_expert(topk_ids, expert_map, map_size, routes", "local_expert(topk_ids, None, 0, routes",
-        "few, expert parallel"),
+        FEW_PY, f"expert_map, map_size, routes, slots < TOPK, NUM_EXPERTS){LOCAL}    rows",
+        f"None, 0, routes, slots < TOPK, NUM_EXPERTS){LOCAL}    rows", "few, expert parallel"),
     "few: the next expert's weights": (
         FEW_PY, "(w2 + experts.to(tl.int64)[:, None, None]",
         "(w2 + ((experts + 1) % NUM_EXPERTS).to(tl.int64)[:, None, None]", "few"),

@@ -45,7 +45,7 @@ def kernels(traits, tokens: int):
 @pytest.mark.parametrize("format", ("none", "fp8_block"))
 def test_weights_past_two_to_the_31(format, tokens, device):
     """The same bits as of the layer that has the used experts alone, which the oracle judges; every token goes to all
-    of them, and 600 tokens have more routes than are aligned in one launch."""
+    of them."""
     if torch.cuda.mem_get_info()[0] < ROOM:
         pytest.skip(f"needs {ROOM >> 30} GiB of the GPU's memory")
     if format == "fp8_block" and torch.cuda.get_device_capability() < (8, 9):
