@@ -33,15 +33,16 @@ SOURCES = Path(package.__file__).parents[1]  # with casts.py beside the op's fol
 ROOM = 2**17  # bytes on either side of a tensor, more than any of these bugs is astray
 _numbers = itertools.count()
 
-# ---- calls: name -> (implementation, traits, tokens, flavour, tiles of the grouped kernels) --------------------------
+# ---- calls: name -> (implementation, traits, tokens, flavour, tiles of the grouped kernels, or DOT) ------------------
 
 GROUPED, FEW = "triton_grouped", "triton_few_tokens"
+DOT = ("ELEMENTWISE", 0)  # small experts through few_tokens_dot.py too
 
 
 def ragged(format="none", topk=2, **more) -> dict:
     """Two blocks of 32 columns and half of one, each way, and four experts."""
     sizes = dict(group_size=32) if format in ("fp8_block", "int4") else {}
-    return layer(4, topk, 80, 48, format, **{"has_bias": True, **sizes, **more})
+    return layer(4, topk, 80, format=format, **{"intermediate_size": 48, "has_bias": True, **sizes, **more})
 
 
 def few(format="none", topk=3, **more) -> dict:
@@ -105,6 +106,8 @@ CASES = {
     "few, interleaved": (FEW, few(activation="swigluoai"), 3, "random", None),
     "few, fp8 blocks": (FEW, few("fp8_block", 2), 2, "random", None),
     "few, fp8 blocks, interleaved": (FEW, few("fp8_block", 2, activation="swigluoai"), 2, "random", None),
+    "dot": (FEW, ragged("fp8_block", intermediate_size=80), 2, "random", DOT),
+    "dot, interleaved": (FEW, ragged("fp8_block", activation="swigluoai"), 2, "random", DOT),
 }
 
 
@@ -124,7 +127,8 @@ def halfway(hidden: torch.Tensor, quant: str) -> torch.Tensor:
 
 # ---- the bugs: name -> (file, what stands there once, what replaces it, the case that finds it) ----------------------
 
-GROUPED_PY, FEW_PY, PREPARE, ARITHMETIC = "grouped.py", "few_tokens.py", "prepare.py", "arithmetic.py"
+GROUPED_PY, FEW_PY, DOT_PY = "grouped.py", "few_tokens.py", "few_tokens_dot.py"
+PREPARE, ARITHMETIC = "prepare.py", "arithmetic.py"
 LOCAL = "\n    local = experts < NUM_EXPERTS\n"  # by what follows it, two functions are told apart
 ROUTE_WEIGHT = "widen(tl.load(topk_weights + tl.load(order + positions, mask=live, other=0), mask=live, other=1.0))"
 
@@ -479,6 +483,26 @@ MUTANTS = {
         FEW_PY, "tl.where(local[:, None], y, 0.0)", "tl.where((local & (slots < TOPK - 1))[:, None], y, 0.0)", "few"),
     "few: rows of out are as far apart as they are long": (
         FEW_PY, "out + token.to(tl.int64) * out_stride", "out + token.to(tl.int64) * HIDDEN", "few, rows of out apart"),
+    # few tokens through the matrix unit
+    "dot: up before gate": (DOT_PY, "index // BLOCK_N % 2", "1 - index // BLOCK_N % 2", "dot"),
+    "dot: both scales the gate's": (DOT_PY, "half * (ROWS // 2) + row // GROUP", "row // GROUP", "dot"),
+    "dot: interleaved rows in blocks of their half": (
+        DOT_PY, "scale_row = row // GROUP", "scale_row = row // 2 // GROUP", "dot, interleaved"),
+    "dot: the next part's column": (
+        DOT_PY, "part[:, None] == column[None, :]", "(part[:, None] + 1) % PARTS == column[None, :]", "dot"),
+    "dot: the activation's scale left out": (
+        DOT_PY, "(w_scale[:, None] * x_scale[None, :])", "w_scale[:, None]", "dot"),
+    "dot: the first step's scales all along": (
+        DOT_PY, "tl.load(scale_at + k // GROUP, mask=part < HIDDEN - k", "tl.load(scale_at, mask=part < HIDDEN - k",
+        "dot"),
+    "dot: scales past the last group are read": (
+        DOT_PY, "tl.load(scale_at + k // GROUP, mask=part < HIDDEN - k, other=0.0)", "tl.load(scale_at + k // GROUP)",
+        "dot"),
+    "dot: scale of the first block of rows": (
+        DOT_PY, "row // GROUP * PER_ROW + part // GROUP)", "part // GROUP)", "dot"),
+    "dot: the first slot's activations": (
+        DOT_PY, "own_route = token * TOPK + own_slot", "own_route = token * TOPK + 0 * own_slot", "dot"),
+    "dot: a slot's row instead of its token's": (DOT_PY, "(route // TOPK)", "(route % TOPK)", "dot"),
 }
 
 
@@ -550,8 +574,10 @@ def failure(module, case: str, monkeypatch) -> str:
     rooms = Rooms()
     args = tuple(map(rooms.copy, args))
     kwargs = {name: rooms.copy(tensor, gap=16 if name == "out" else 0) for name, tensor in kwargs.items()}
-    kernel = module.experts(**traits, platform=Platform.parse("interpreter"), tiles=lambda tokens: chosen)
     with monkeypatch.context() as patch:
+        if chosen is DOT:
+            patch.setattr(module, *DOT)
+        kernel = module.experts(**traits, platform=Platform.parse("interpreter"), tiles=lambda tokens: chosen)
         rooms.watch(patch)
         result = kernel(*args, **kwargs)
     verdict = oracle.check(traits, args, kwargs, result)
