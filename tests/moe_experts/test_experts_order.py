@@ -94,3 +94,18 @@ def test_slots_are_summed_in_order_in_float32(device):
         kwargs = {"w13_bias": torch.zeros(3, 32), "w2_bias": biases}
         for name in implementations(traits, 1):
             assert not wrong(kernel(name, traits, 1), args, kwargs, torch.full((1, 16), right), device), name
+
+
+def test_slots_are_summed_in_order_where_they_are_sorted(device):
+    """As above, in an output that can't hold 2^24 + 1: 2^24 + 1 - 2^24 is 0 in this order, and 1 in others."""
+    traits = layer(3, 3, 16, 16, has_bias=True)
+    ids = torch.tensor([[0, 1, 2], [2, 1, 0], [0, 2, 1]], dtype=torch.int32)
+    right = torch.tensor([0.0, 1.0, 1.0])[:, None].expand(3, 16)
+    args = (torch.zeros(3, 16, dtype=torch.bfloat16), torch.zeros(3, 32, 16, dtype=torch.bfloat16),
+            torch.zeros(3, 16, 16, dtype=torch.bfloat16), torch.ones(3, 3), ids)
+    biases = torch.tensor([2.0**24, 1.0, -(2.0**24)])[:, None].expand(3, 16).contiguous()
+    kwargs = {"w13_bias": torch.zeros(3, 32), "w2_bias": biases}
+    names = implementations(traits, 3)
+    assert {"torch", "triton_grouped"} <= {*names} or device == "cuda"
+    for name in names:
+        assert not wrong(kernel(name, traits, 3), args, kwargs, right, device), name

@@ -1,0 +1,38 @@
+"""How much moe.experts and a whole layer launch on a GPU, and a count of that without one."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+TOPK = FINALIZE = 1
+FEW_TOKENS = 2  # first layer, second layer
+GROUPED = 4  # alignment (beside it hidden states are quantised), first product, second product, sum over slots
+BY_ROW = 1  # more, where activations are quantised by their whole rows
+
+
+def of_experts(traits, tokens: int) -> int:
+    """Launches of one call of moe.experts, in bfloat16, by the Triton implementation that the registry picks."""
+    quant, act = (traits.get(name, "none") for name in ("weight_quant", "act_quant"))
+    if tokens == 1 and (quant == "none" or quant == "fp8_block" and traits["intermediate_size"] <= 512):
+        return FEW_TOKENS
+    return GROUPED + BY_ROW * act.endswith("_token")
+
+
+@contextmanager
+def counted(monkeypatch):
+    """A list of what is launched inside, by name: calls of Triton kernels, which are noted instead of interpreted, and
+    operations of torch that do more than allocate or view. On a GPU each is one launch, or, of torch's, one or more."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from triton.runtime.interpreter import GridExecutor
+
+    found: list[str] = []
+
+    class Noting(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if not op.is_view and "empty" not in op.__name__:
+                found.append(str(op))
+            return op(*args, **(kwargs or {}))
+
+    with monkeypatch.context() as patch, Noting():
+        patch.setattr(GridExecutor, "__call__", lambda self, *args, **kwargs: found.append(self.fn.__name__))
+        yield found
