@@ -233,7 +233,7 @@ def test_sums_that_are_cut_like_tensor_cores_do_have_their_spread(few_large):
         total += inside
     right = product({"act_quant": "fp8_block"}, exactly(x), w, True)
     off = ((total - right.at) / right.spread).flatten().abs()
-    assert 0.5 < off.square().mean().sqrt() < 1.1 and off.max() < 8
+    assert 0.8 < off.square().mean().sqrt() < 1.6 and off.max() < 8
     without = product({"act_quant": "fp8_block"}, exactly(x), w, False)
     assert ((total - right.at) / without.spread).abs().max() > 8
 
