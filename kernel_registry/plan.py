@@ -35,8 +35,9 @@ _PACKAGES = ("kernel-registry", "torch", "triton")
 class Plan:
     """Choices for `calls`, each a dict: op, model (scope or null), traits, table (list of {when, implementation,
     decided_by}), sources (implementation -> hash) and, where some of them have any, options (implementation -> its
-    options) and tiles (implementation -> the device, and each tile that is tuned for it, by num_tokens; absent where
-    the device was not known). `strict` and `source` say how a loaded plan is applied."""
+    options) and tiles (implementation -> the device, each tile that is tuned for it, by num_tokens, and the first and
+    last numbers of tokens that these serve; absent where the device was not known). `strict` and `source` say how a
+    loaded plan is applied."""
 
     device: str
     versions: dict[str, str]
@@ -167,9 +168,10 @@ def _is_call(call: object) -> bool:
             and all(name in call["sources"] and isinstance(options, dict)
                     for name, options in call.get("options", {}).items())
             and isinstance(call.get("tiles", {}), dict)
-            and all(name in call["sources"] and isinstance(tiles, dict) and set(tiles) == {"device", "num_tokens"}
-                    and isinstance(tiles["device"], str) and isinstance(tiles["num_tokens"], dict)
-                    and all(map(str.isdecimal, tiles["num_tokens"]))
+            and all(name in call["sources"] and isinstance(tiles, dict)
+                    and set(tiles) == {"device", "num_tokens", "serves"} and isinstance(tiles["device"], str)
+                    and isinstance(tiles["num_tokens"], dict) and all(map(str.isdecimal, tiles["num_tokens"]))
+                    and isinstance(tiles["serves"], list)
                     for name, tiles in call.get("tiles", {}).items()))
 
 
@@ -216,7 +218,8 @@ def frozen_call(op: Op, request: Request, table: Table, tilings: Mapping[str, Ti
 
 def _tiles(tiling: Tiling) -> dict:
     """What a plan holds of a tiling; no tiles: the default's."""
-    return {"device": tiling.device, "num_tokens": {str(count): tile for count, tile in tiling.tuned.items()}}
+    return {"device": tiling.device, "num_tokens": {str(count): tile for count, tile in tiling.tuned.items()},
+            "serves": [[*span] for span in tiling.spans]}
 
 
 def _source(implementation: Implementation, tiles: dict | None) -> str:

@@ -2,7 +2,7 @@
 
 An implementation that declares `tiles: MODULE` in registry.yaml gets a function of num_tokens as keyword `tiles`. It
 answers with the tuned tile whose number of tokens is nearest in log scale, from the rows for this device and exactly
-these static traits, and with `MODULE.default(traits, num_tokens)` where there is no such row.
+these static traits, and with `MODULE.default(traits, num_tokens)` where none is near.
 
 Rows come from tiles.yaml beside the registry file, then from what is loaded, then from the file that the environment
 names: for the same number of tokens the later one goes first. Within a file, rows timed with the installed versions go
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import re
-from bisect import bisect_left
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Iterable, Mapping, Sequence
@@ -31,6 +30,9 @@ from .traits.trait import REQUIRED, written
 
 FILE = "tiles.yaml"
 ENVIRONMENT_VARIABLE = "KERNEL_REGISTRY_TILES"
+# How many times more or fewer tokens a tuned tile serves: two doublings of the rows an expert gets, hence of a block's
+# best height; further off, the default knows better. What is tuned for counts 16 times apart leaves no gap.
+REACH = 4
 _REMEMBERED = 4096  # tiles by number of tokens: a server that meets every number up to this asks once for each
 
 
@@ -39,7 +41,7 @@ class Tiling:
     """Where the tiles of one implementation come from, for one set of static traits. `str()` says it in words.
 
     device    the device that rows were looked up for; None where it is not known
-    tuned     number of tokens -> tile; empty: the default serves all
+    tuned     number of tokens -> tile, ascending; empty: the default serves all
     where     file and line of each tuned tile, by number of tokens
     notes     what else `str()` tells
     """
@@ -50,20 +52,35 @@ class Tiling:
     rows: tuple[str, ...] = ()
     notes: str = ""
 
-    def nearest(self, num_tokens: int) -> int:
-        """The tuned number of tokens that is nearest in log scale, of two as near the smaller. Only where any is."""
-        counts = [*self.tuned]
-        above = bisect_left(counts, num_tokens)
-        if above in (0, len(counts)):
-            return counts[min(above, len(counts) - 1)]
-        below, over = counts[above - 1], counts[above]
-        return below if num_tokens * num_tokens <= below * over else over
+    def nearest(self, num_tokens: int) -> int | None:
+        """The tuned number of tokens whose tile serves: the nearest in log scale, of two as near the smaller. None
+        where that is more than REACH times off, and the default serves."""
+        tokens = max(1, num_tokens)
+
+        def off(count: int) -> float:
+            return max(count / tokens, tokens / count)
+
+        count = min(self.tuned, key=off, default=None)
+        return count if count is not None and off(count) <= REACH else None
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """What tuned tiles serve: (first, last) numbers of tokens, apart and ascending."""
+        found: list[tuple[int, int]] = []
+        for count in self.tuned:
+            first, last = -(-count // REACH), count * REACH
+            if found and first <= found[-1][1] + 1:
+                first = found.pop()[0]
+            found.append((first, last))
+        return found
 
     def __str__(self):
         if not self.tuned:
             return f"analytic default; {self.notes}"
         counts = ", ".join(map(str, self.tuned))
-        return f"tuned on {self.device} for {counts} token{'s' * (counts != '1')} ({', '.join(self.rows)}{self.notes})"
+        spans = ", ".join(f"{first}-{last}" for first, last in self.spans)
+        return f"tuned on {self.device} for {counts} token{'s' * (counts != '1')} ({', '.join(self.rows)}" \
+               f"{self.notes}); serves {spans}, others by the default"
 
 
 class Tuned:
@@ -153,8 +170,7 @@ def chooser(op: Op, implementation: Implementation, request: Request, tiling: Ti
     module of tiles."""
     traits = _not_dynamic(op, request.traits)
     default = targets.load(f"{implementation.tiles}:default", implementation.where)
-    if tiling is None or not tiling.tuned:
-        return _Remembered(lambda num_tokens: default(traits, num_tokens)).__getitem__
+    tiling = tiling or Tiling(None)
     for count, tile in tiling.tuned.items():
         expected = form(_proposed(implementation, default(traits, count)))
         if form(tile) != expected:
@@ -162,7 +178,12 @@ def chooser(op: Op, implementation: Implementation, request: Request, tiling: Ti
                                 f"{_apart(form(tile), expected)}", where=tiling.where[count],
                                 hint="the kernel has changed since, or a key is misspelt: run `kernel-registry tune` "
                                      "again, or remove the line")
-    return _Remembered(lambda num_tokens: tiling.tuned[tiling.nearest(num_tokens)]).__getitem__
+
+    def choose(num_tokens: int) -> Tile:
+        count = tiling.nearest(num_tokens)
+        return default(traits, num_tokens) if count is None else tiling.tuned[count]
+
+    return _Remembered(choose).__getitem__
 
 
 class _Remembered(dict):

@@ -1,4 +1,5 @@
-"""What only a GPU can show of a layer: how much it launches, the shared expert beside it, graph capture."""
+"""What only a GPU can show of a layer: how much it launches, the shared expert beside it, graph capture, torch.compile
+with the code that it makes for a GPU."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+import kernel_registry.torch_ops  # noqa: E402, F401
 from kernel_registry import moe_layer, registry  # noqa: E402
 from kernel_registry.layer import EXPERTS, FINALIZE, TOPK, LayerTraits  # noqa: E402
 from kernel_registry.ops.moe.experts import cases  # noqa: E402
@@ -103,3 +105,39 @@ def test_a_captured_layer_replays(shared):
         out.fill_(float("nan"))
         graph.replay()
         assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])  # the second replays a captured graph
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_compiled_layer_writes_into_a_part_of_a_buffer(mode, shared):
+    """Through the ops that declare `out` changed: the same bits as uncompiled, before, beside and after other code that
+    reads and writes the buffer, and one graph for every call."""
+    ops = torch.ops.kernel_registry
+    if mode == "reduce-overhead" and fallback(made(1)[0]):
+        pytest.skip("the reference of moe.experts can't be captured")
+    (_, w13, w2, *_), _ = cases.inputs(SIZES, 16, device="cuda")
+    bias = torch.linspace(-0.1, 0.1, 64).cuda()
+
+    def layer(hidden, logits, buffer):
+        buffer[:, :8] += 1
+        weights, ids = ops.moe_topk(logits, bias, 6, routed_scaling_factor=2.5)
+        if shared:
+            routed = ops.moe_experts(hidden * 0.5, w13, w2, weights, ids)
+            ops.moe_finalize_out(buffer[:, 8:], routed, None, None, 64, torch.tanh(hidden))
+        else:
+            ops.moe_experts_out(buffer[:, 8:], hidden * 0.5, w13, w2, weights, ids)
+        return buffer * 2
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(layer, fullgraph=True, mode=mode)
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        hidden = torch.randn(16, 512, generator=generator).bfloat16().cuda()
+        logits = torch.randn(16, 64, generator=generator).cuda()
+        buffer = torch.full((16, 520), 7.0, dtype=torch.bfloat16, device="cuda")
+        other = buffer.clone()
+        expected = layer(hidden, logits, other)
+        assert torch.equal(compiled(hidden, logits, buffer), expected), seed
+        assert torch.equal(buffer, other) and (buffer[:, :8] == 8).all()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

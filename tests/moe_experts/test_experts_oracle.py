@@ -7,6 +7,7 @@ import torch
 from experts_support import FORMATS, judged, kernel, layer, mutant
 
 from kernel_registry.ops.moe.experts import cases, oracle
+from kernel_registry.ops.moe.experts.oracle_numbers import exactly, product, row_rounding, spreads
 
 QUANTISED = ("fp8_block", "fp8_channel", "fp8_tensor_static", "int8", "int8_static")
 
@@ -160,3 +161,94 @@ def test_the_whole_calls_error_is_held_against_float32():
     assert float((far - rounded).square().mean().sqrt()) > 1.2e-6 * size
     assert "more than 1.15 times" in oracle.check(traits, args, kwargs, far).detail
     assert oracle.check(traits, args, kwargs, rounded.float()).passed
+
+
+# ---- numbers near a boundary -----------------------------------------------------------------------------------------
+
+BLOCKS = layer(6, 1, 256, 256, "fp8_block")
+
+
+@pytest.fixture
+def tensor_cores(monkeypatch):
+    """The judge takes what it judges for a GPU's, so that float32 leaves some quantised numbers open."""
+    monkeypatch.setattr(oracle, "product", lambda traits, x, weight, on_gpu: product(traits, x, weight, True))
+
+
+def jumped(factor: float, rows: int = 1, others: int = 3):
+    """(args, kwargs, outputs) of a right call but that in some rows numbers are on the other side of a boundary: the
+    one of the largest consequence, multiplied by `factor`, and after it `others`. Asserts that it shows."""
+    args, kwargs = cases.inputs(BLOCKS, 65)
+    _, rounded, bound = oracle.evaluate(BLOCKS, args, kwargs)
+    found = rounded.clone()
+    for token in range(rows):
+        steps = oracle._jumps(BLOCKS, args, kwargs, token)
+        order = (steps / bound[token]).abs().amax(1).argsort(descending=True)
+        # the bound covers one jump and little beside it: as far again, where that jump shows most
+        column = (steps[order[0]] / bound[token]).abs().argmax()
+        same = [i for i in order[1:].tolist() if steps[i, column] * steps[order[0], column] > 0][:others]
+        found[token] += factor * steps[order[0]] + steps[same].sum(0)
+    outputs = found.bfloat16()
+    assert int(oracle._outside(outputs, rounded, bound).any(1).sum()) == rows
+    return args, kwargs, outputs
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_numbers_on_the_other_side_of_a_boundary_explain_a_row(tensor_cores, rows):
+    """Their sum is beyond the row's bounds, which know them by their spreads only."""
+    args, kwargs, outputs = jumped(1.0, rows)
+    found = oracle.check(BLOCKS, args, kwargs, outputs)
+    assert found.passed, found.detail
+
+
+def test_what_no_such_number_explains_is_wrong(tensor_cores):
+    args, kwargs, outputs = jumped(1.7)
+    assert oracle.check(BLOCKS, args, kwargs, outputs).passed is False
+
+
+def test_many_rows_outside_are_wrong_whatever_explains_them(tensor_cores):
+    args, kwargs, outputs = jumped(1.0, rows=9)
+    assert oracle.check(BLOCKS, args, kwargs, outputs).detail.startswith("9 of 65 rows are wrong; the first is row 0,")
+
+
+def cut(x, bits: int, largest):
+    """x without what is below 2**-bits of the power of two in `largest`."""
+    unit = 2.0 ** (torch.frexp(largest).exponent - 1 - bits)
+    return (x / unit).trunc() * unit
+
+
+@pytest.mark.parametrize("few_large", [False, True])
+def test_sums_that_are_cut_like_tensor_cores_do_have_their_spread(few_large):
+    """fp8 products, 32 at a time, each cut to 13 bits below the largest; sums of 128 leave for float32."""
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(16, 1536, generator=generator), torch.randn(64, 1536, generator=generator)
+    x = (x**3 if few_large else x).to(torch.float8_e4m3fn).double()
+    w = w.to(torch.float8_e4m3fn).double()
+    total = torch.zeros(16, 64, dtype=torch.float64)
+    for at in range(0, 1536, 128):
+        inside = torch.zeros(16, 64, dtype=torch.float64)
+        for k in range(at, at + 128, 32):
+            terms = torch.cat([x[:, None, k:k + 32] * w[None, :, k:k + 32], inside[..., None]], dim=2)
+            inside = cut(terms, 13, terms.abs().amax(2, keepdim=True)).sum(2)
+            inside = cut(inside, 13, inside)
+        total += inside
+    right = product({"act_quant": "fp8_block"}, exactly(x), w, True)
+    off = ((total - right.at) / right.spread).flatten().abs()
+    assert 0.8 < off.square().mean().sqrt() < 1.6 and off.max() < 8
+    without = product({"act_quant": "fp8_block"}, exactly(x), w, False)
+    assert ((total - right.at) / without.spread).abs().max() > 8
+
+
+def test_how_many_spreads_are_allowed_follows_from_the_number_of_elements():
+    from math import erfc, sqrt
+
+    for elements in (1, 10**4, 10**7, 10**8, 10**10):
+        assert elements * erfc(spreads(elements) / sqrt(2)) < 1e-6 and spreads(elements) >= 8
+    assert spreads(10**10) > 8
+
+
+def test_a_row_that_waits_in_11_bits_has_that_rounding():
+    y = torch.cat([torch.randn(10000, generator=torch.Generator().manual_seed(0)), torch.zeros(1)]).double()
+    off = (y.half().double() - y).abs()
+    spread = row_rounding(y)
+    assert spread[-1] == 0 and (off <= 3**0.5 * spread).all()
+    assert off.square().mean().sqrt() == pytest.approx(spread.square().mean().sqrt().item(), rel=0.05)
