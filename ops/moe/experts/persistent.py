@@ -300,8 +300,8 @@ def compute_down(w2_bias, topk_weights, order, result, row_scale, a_ring, w_ring
             factor = gl.full([ROWS_OF_GROUP], 1.0, gl.float32, gl.SliceLayout(1, ACC))
             if not WEIGHT_ON_INPUT:
                 factor = widen(gl.load(topk_weights + routes, mask=live, other=0.0))
-            y, z, step = contract(step, a_ring, w_ring, x_ring, s_ring, full, empty, MEMBER, False, INTERMEDIATE, SCALED,
-                                  BLOCK_K, STAGES, ACC, BLOCK_N)
+            y, z, step = contract(step, a_ring, w_ring, x_ring, s_ring, full, empty, MEMBER, False, INTERMEDIATE,
+                                  SCALED, BLOCK_K, STAGES, ACC, BLOCK_N)
             row0 = tile * SPAN
             columns = row0 + gl.arange(0, BLOCK_N, gl.SliceLayout(0, ACC))
             if w2_bias is not None:

@@ -97,8 +97,8 @@ def experts(*, num_experts, topk, hidden_size, intermediate_size, dtype="bfloat1
             **shared, **{**grouped_parameters(tile), "MERGED": tile["MERGED"], "PASSES": tile["PASSES"],
                          "DESCRIPTOR": described}, **pdl)
 
-    def second_product(tile, act, act_scale, w2, w2_scale, w2_bias, topk_weights, order, blocks, num_blocks, ticket, rows,
-                       row_scale, block_m):
+    def second_product(tile, act, act_scale, w2, w2_scale, w2_bias, topk_weights, order, blocks, num_blocks, ticket,
+                       rows, row_scale, block_m):
         routes, most = order.shape[0], blocks.shape[1]
         if tile["PERSISTENT"]:
             matrix = w2.view(-1, intermediate_size)
