@@ -8,6 +8,8 @@ TOPK = FINALIZE = 1
 FEW_TOKENS = 2  # first layer, second layer
 GROUPED = 4  # alignment (beside it hidden states are quantised), first product, second product, sum over slots
 BY_ROW = 1  # more, where activations are quantised by their whole rows
+MANY = 1  # more, where there are more routes than one launch aligns
+MOST_ROUTES = 8192
 
 
 def of_experts(traits, tokens: int) -> int:
@@ -15,7 +17,7 @@ def of_experts(traits, tokens: int) -> int:
     quant, act = (traits.get(name, "none") for name in ("weight_quant", "act_quant"))
     if tokens == 1 and (quant == "none" or quant == "fp8_block" and traits["intermediate_size"] <= 512):
         return FEW_TOKENS
-    return GROUPED + BY_ROW * act.endswith("_token")
+    return GROUPED + BY_ROW * act.endswith("_token") + MANY * (tokens * traits["topk"] > MOST_ROUTES)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from tests import launches
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="calls are counted in the interpreter")
 
-TOKENS = (1, 2, 33, 511, 512, 683)  # with three slots up to 2049 routes
+TOKENS = (1, 2, 33, 511, 512, 2730, 2731)  # with three slots up to 8193 routes
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -59,7 +59,8 @@ def default(traits: Mapping[str, object], num_tokens: int, *, aligned=True) -> d
                 "down": tile(64, step, 4, **choice)}
     if quant == "fp8_block":  # a program makes whole groups of the second product's input
         if rows <= 24:
-            return {"BLOCK_M": 16 if rows <= 8 else 32, "up": tile(group, group, 4, 4, swap=True),
+            return {"BLOCK_M": 16 if rows <= 8 else 32,
+                    "up": tile(group, group, 4, 4, swap=True, merged=traits["intermediate_size"] >= 1024),
                     "down": tile(128, group, 4, 2, swap=True)}
         up, down = persistent(traits, "up", num_tokens), persistent(traits, "down", num_tokens)
         if up and down and aligned:
@@ -74,14 +75,16 @@ def default(traits: Mapping[str, object], num_tokens: int, *, aligned=True) -> d
         if rows <= 24:
             return {"BLOCK_M": 16 if rows <= 8 else 32, "up": tile(64, 128, 4, 4), "down": tile(64, 128, 4, 4)}
         return {"BLOCK_M": 64, "up": tile(64, 128, 4, 3, group_m=4), "down": tile(128, 128, 4, 3, group_m=4)}
+    # An expert's weights that the L2 cache can't hold are read once for many blocks of rows, not once for each.
+    large = traits["hidden_size"] * traits["intermediate_size"] > 2 ** 24
     if rows <= 24:
-        m = 16 if rows <= 8 else 32
-        return {"BLOCK_M": m, "up": tile(64, 64, 4, 5, swap=True), "down": tile(128, 64, 4, 5, swap=True)}
+        if large:  # which is why a popular expert's rows, of a skewed routing, are in few blocks too
+            return {"BLOCK_M": 32, "up": tile(64, 128, 4, 4, swap=True), "down": tile(64, 128, 4, 4, swap=True)}
+        return {"BLOCK_M": 16 if rows <= 8 else 32, "up": tile(32, 128, 4, 4, swap=True, merged=True),
+                "down": tile(128, 64, 4, 5, swap=True)}
     if rows <= 48:
         return {"BLOCK_M": 64, "up": tile(64, 64, 4, 5, merged=True, group_m=4), "down": tile(128, 64, 4, 5, group_m=4)}
     tail = 64 if rows <= 384 else 0
-    # An expert's weights that the L2 cache can't hold are read once for many blocks of rows, not once for each.
-    large = traits["hidden_size"] * traits["intermediate_size"] > 2 ** 24
     # Of short products beginning and end are much; of long ones the wider product of the other kernel is worth more.
     down = persistent(traits, "down", num_tokens) if traits["intermediate_size"] <= 1024 and aligned else None
     return {"BLOCK_M": 128, "up": tile(128, 64, 8, 4, merged=True, tail=tail, group_m=16 if large else 1),
@@ -92,6 +95,8 @@ def candidates(traits: Mapping[str, object], num_tokens: int) -> list[dict[str, 
     """What `kernel-registry tune` tries: each change of the default that has been the best of some shape."""
     chosen = default(traits, num_tokens)
     found = [chosen]
+    if chosen["up"]["SWAP"]:
+        found += [{**chosen, "BLOCK_M": rows} for rows in (16, 32, 64) if rows != chosen["BLOCK_M"]]
     for up, down in _changes(traits, num_tokens, chosen):
         tried = {**chosen, "up": {**chosen["up"], **up}, "down": {**chosen["down"], **down}}
         if tried not in found:
@@ -136,6 +141,7 @@ def _of_up(traits: Mapping[str, object], chosen: Mapping[str, object]):
         yield {"TAIL_M": 64 - chosen["up"]["TAIL_M"]}
     if traits["weight_quant"] == "none":
         yield {"BLOCK_K": 128, "num_stages": 4}
+        yield {"BLOCK_N": 64, "BLOCK_K": 64, "num_stages": 5, "MERGED": False}
         yield {"BLOCK_N": 32, "BLOCK_K": 128, "num_stages": 4, "MERGED": True}
     elif traits["weight_quant"] == "fp8_block" and traits["group_size"] == 128:
         yield {"BLOCK_N": 64, "PASSES": 2, "MERGED": True, "num_stages": 6}
