@@ -42,6 +42,7 @@ class Driver:  # of a machine that is not here
 driver.set_active(Driver())
 for module in (triton_grouped, triton_few_tokens):
     module.on_gpu = lambda device: nullcontext()
+triton_grouped.multiprocessors = lambda device: 132
 made = []
 JITFunction.__getitem__ = lambda self, grid: lambda *given, **named: made.append(
     (self.__name__, self.warmup(*given, grid=grid, **named)))
@@ -80,6 +81,17 @@ def test_few_tokens_on_the_matrix_unit_compile(arch, python, tmp_path):
     calls = [("few", layer(8, 8, 256, 1536, "fp8_block"), 1), ("few", layer(4, 3, 264, 600, "fp8_block", **odd), 1)]
     for kernels in compiled(arch, calls, python, tmp_path):
         assert [name for name, *_ in kernels] == ["pair_up_dot", "pair_down_dot"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_persistent_products_compile(python, tmp_path):
+    odd = dict(activation="gelu", has_bias=True, expert_parallel=True, dtype="float16")
+    calls = [("grouped", layer(8, 2, 640, 384, "fp8_block"), 1100),
+             ("grouped", layer(8, 3, 256, 128, "fp8_block", **odd), 300),
+             ("grouped", layer(8, 2, 320, 192), 1100)]
+    both = ["prepare", "persistent_up", "persistent_down", "sum_slots"]
+    names = [[name for name, *_ in kernels] for kernels in compiled("sm_90", calls, python, tmp_path)]
+    assert names == [both, both, ["prepare", "grouped_up", "persistent_down", "sum_slots"]]
 
 
 def compiled(arch, calls, python, tmp_path) -> list:

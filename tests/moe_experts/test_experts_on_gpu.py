@@ -65,6 +65,14 @@ def test_persistent_products_are_right(traits, tokens):
         judged(None, traits, tokens, flavour=flavour, device="cuda", made=triton_grouped.experts(**asked))
 
 
+def test_a_tile_tuned_for_more_tokens_serves_fewer():
+    """Rows in 32 bits, which fewer than HALF_ROWS tokens have, take more shared memory."""
+    traits = layer(8, 2, 640, 384, "fp8_block")
+    asked = hopper(traits)
+    kernel = triton_grouped.experts(**asked, tiles=lambda n: tiles.default(asked, 4 * n))
+    judged(None, traits, 300, device="cuda", made=kernel)
+
+
 def test_persistent_products_repeat_themselves():
     """Tiles go to whoever asks first: the result must not know."""
     traits = layer(32, 8, 1024, 512, "fp8_block")

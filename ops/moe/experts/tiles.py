@@ -24,7 +24,7 @@ def halved(traits: Mapping[str, object], num_tokens: int) -> bool:
     return traits["topk"] > 1 and traits["dtype"] == "bfloat16" and num_tokens >= HALF_ROWS
 
 
-def persistent(traits: Mapping[str, object], product: str, num_tokens: int) -> dict[str, object] | None:
+def persistent(traits: Mapping[str, object], product: str) -> dict[str, object] | None:
     """The tile of persistent.py for "up" or "down", where it serves: None where it does not. Its program fills a
     multiprocessor, so there is little to choose."""
     platform, quant = traits.get("platform"), traits["weight_quant"]
@@ -34,8 +34,7 @@ def persistent(traits: Mapping[str, object], product: str, num_tokens: int) -> d
             or traits.get("activation") == "swigluoai"):
         return None
     if quant == "fp8_block" and traits["group_size"] == 128 or quant == "none" and product == "down":
-        stages = 4 if product == "up" or halved(traits, num_tokens) else 3  # rows of 32 bits need the fourth's room
-        return tile(128, block_k, 4, stages, group_m=8 if product == "down" else 4, persistent=True)
+        return tile(128, block_k, 4, 4, group_m=8 if product == "down" else 4, persistent=True)
     return None
 
 
@@ -62,7 +61,7 @@ def default(traits: Mapping[str, object], num_tokens: int, *, aligned=True) -> d
             return {"BLOCK_M": 16 if rows <= 8 else 32,
                     "up": tile(group, group, 4, 4, swap=True, merged=traits["intermediate_size"] >= 1024),
                     "down": tile(128, group, 4, 2, swap=True)}
-        up, down = persistent(traits, "up", num_tokens), persistent(traits, "down", num_tokens)
+        up, down = persistent(traits, "up"), persistent(traits, "down")
         if up and down and aligned:
             return {"BLOCK_M": 128, "up": up, "down": down}
         columns = min(64, group)
@@ -86,7 +85,7 @@ def default(traits: Mapping[str, object], num_tokens: int, *, aligned=True) -> d
         return {"BLOCK_M": 64, "up": tile(64, 64, 4, 5, merged=True, group_m=4), "down": tile(128, 64, 4, 5, group_m=4)}
     tail = 64 if rows <= 384 else 0
     # Of short products beginning and end are much; of long ones the wider product of the other kernel is worth more.
-    down = persistent(traits, "down", num_tokens) if traits["intermediate_size"] <= 1024 and aligned else None
+    down = persistent(traits, "down") if traits["intermediate_size"] <= 1024 and aligned else None
     return {"BLOCK_M": 128, "up": tile(128, 64, 8, 4, merged=True, tail=tail, group_m=16 if large else 1),
             "down": down or tile(256, 64, 8, 4, tail=64, group_m=16 if large else 8)}
 
@@ -97,20 +96,20 @@ def candidates(traits: Mapping[str, object], num_tokens: int) -> list[dict[str, 
     found = [chosen]
     if chosen["up"]["SWAP"]:
         found += [{**chosen, "BLOCK_M": rows} for rows in (16, 32, 64) if rows != chosen["BLOCK_M"]]
-    for up, down in _changes(traits, num_tokens, chosen):
+    for up, down in _changes(traits, chosen):
         tried = {**chosen, "up": {**chosen["up"], **up}, "down": {**chosen["down"], **down}}
         if tried not in found:
             found.append(tried)
     return found
 
 
-def _changes(traits: Mapping[str, object], num_tokens: int, chosen: Mapping[str, object]):
+def _changes(traits: Mapping[str, object], chosen: Mapping[str, object]):
     """Pairs of changes, of the first and of the second product's tile."""
     for group_m in (1, 2, 4, 8, 16):
         if chosen["BLOCK_M"] > 16:
             yield {"GROUP_M": group_m}, {}
             yield {}, {"GROUP_M": group_m}
-    other = persistent(traits, "down", num_tokens)
+    other = persistent(traits, "down")
     if chosen["BLOCK_M"] == 128 and other and not chosen["down"]["PERSISTENT"]:
         yield {}, other
     if chosen["down"]["PERSISTENT"]:

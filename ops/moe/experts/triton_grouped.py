@@ -9,10 +9,11 @@ what they are compiled with, and the buffers between them.
 from __future__ import annotations
 
 import functools
-from typing import Callable, Mapping
+from typing import Callable, Mapping, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import align, grouped, prepare, tiles as launch_parameters
@@ -27,6 +28,15 @@ FORMATS = {"none": "none", "fp8_block": "fp8_block", "fp8_channel": "fp8", "fp8_
 FEW_ROUTES = 8192  # up to here the first launch aligns them, each of its programs reading all ids
 CHUNK = 256  # routes of a program above
 COLUMNS = 1024 if INTERPRETED else 256  # that a program sums; the interpreter takes as long over few as over many
+
+
+class Blocks(NamedTuple):
+    """What align.py makes: order [R], blocks [3, NB], num_blocks [1], and a counter at 0 for each product."""
+
+    order: Tensor
+    blocks: Tensor
+    num_blocks: Tensor
+    tickets: Tensor
 
 
 def grouped_parameters(tile: Mapping[str, object]) -> dict[str, object]:
@@ -79,45 +89,43 @@ def experts(*, num_experts, topk, hidden_size, intermediate_size, dtype="bfloat1
         return TensorDescriptor(tensor, [num_experts, halves, rows, depth], [halves * rows * depth, half, *within],
                                 [1, 2 if tile["MERGED"] else 1, tile["BLOCK_N"], tile["BLOCK_K"] // packed]), True
 
-    def first_product(tile, x, x_scale, w13, w13_scale, w13_bias, topk_weights, order, blocks, num_blocks, ticket, act,
-                      act_scale, tokens, block_m):
-        routes, most = order.shape[0], blocks.shape[1]
-        if tile["PERSISTENT"]:
-            matrix = w13.view(-1, hidden_size)
-            persistent.persistent_up[(multiprocessors(x.device),)](
-                x, x_scale, persistent.describe(matrix, [tile["BLOCK_N"], tile["BLOCK_K"]]), w13_scale, w13_bias,
-                topk_weights, order, blocks, num_blocks, act, act_scale, tokens, routes, most, ticket,
-                ACTIVATION=activation, **persistent_parameters(tile))
-            return
-        columns = tile["BLOCK_N"] * tile["PASSES"]
-        read, described = weights_for(w13, tile, hidden_size, 2)
-        grouped.grouped_up[(most * -(-intermediate_size // columns),)](
-            x, x_scale, hidden_size, read, w13_scale, w13_bias, topk_weights, order, blocks, num_blocks, act, act_scale,
-            tokens, routes, most, INTERLEAVED=interleaved, ACTIVATION=activation, BLOCK_M=block_m, PTX=ptx(platform),
-            **shared, **{**grouped_parameters(tile), "MERGED": tile["MERGED"], "PASSES": tile["PASSES"],
-                         "DESCRIPTOR": described}, **pdl)
+    def persistent_parameters(tile):
+        return dict(TOPK=topk, HIDDEN=hidden_size, INTERMEDIATE=intermediate_size, GROUP=group_size,
+                    WEIGHT_ON_INPUT=apply_router_weight_on_input, DEPENDENT=dependent, num_warps=persistent.WARPS,
+                    **{name: tile[name] for name in ("BLOCK_N", "BLOCK_K", "GROUP_M")}, **pdl)
 
-    def second_product(tile, act, act_scale, w2, w2_scale, w2_bias, topk_weights, order, blocks, num_blocks, ticket,
-                       rows, row_scale, block_m):
-        routes, most = order.shape[0], blocks.shape[1]
+    def first_product(tile, block_m, x, x_scale, w13, w13_scale, w13_bias, topk_weights, run: Blocks, act, act_scale):
+        tokens, routes, most = x.shape[0], act.shape[0], run.blocks.shape[1]
         if tile["PERSISTENT"]:
-            matrix = w2.view(-1, intermediate_size)
-            persistent.persistent_down[(multiprocessors(act.device),)](
-                act, persistent.describe(act, [64, tile["BLOCK_K"]]), act_scale,
-                persistent.describe(matrix, [tile["BLOCK_N"], tile["BLOCK_K"]]), w2_scale, w2_bias, topk_weights, order,
-                blocks, num_blocks, rows, row_scale, routes, most, ticket, SCALED=weight_quant == "fp8_block",
+            read = persistent.describe(w13.view(-1, hidden_size), [tile["BLOCK_N"], tile["BLOCK_K"]])
+            persistent.persistent_up[(multiprocessors(x.device),)](
+                x, x_scale, read, w13_scale, w13_bias, topk_weights, run.order, run.blocks, run.num_blocks, act,
+                act_scale, tokens, routes, most, run.tickets[:1], ACTIVATION=activation, STAGES=tile["num_stages"],
                 **persistent_parameters(tile))
+            return
+        read, described = weights_for(w13, tile, hidden_size, 2)
+        grouped.grouped_up[(most * -(-intermediate_size // (tile["BLOCK_N"] * tile["PASSES"])),)](
+            x, x_scale, hidden_size, read, w13_scale, w13_bias, topk_weights, run.order, run.blocks, run.num_blocks,
+            act, act_scale, tokens, routes, most, INTERLEAVED=interleaved, ACTIVATION=activation, BLOCK_M=block_m,
+            PTX=ptx(platform), **shared, **{**grouped_parameters(tile), "MERGED": tile["MERGED"],
+                                            "PASSES": tile["PASSES"], "DESCRIPTOR": described}, **pdl)
+
+    def second_product(tile, block_m, act, act_scale, w2, w2_scale, w2_bias, topk_weights, run: Blocks, rows,
+                       row_scale):
+        routes, most = act.shape[0], run.blocks.shape[1]
+        if tile["PERSISTENT"]:
+            stages = min(tile["num_stages"], 4 if rows.element_size() == 2 else 3)  # wide rows need a stage's room
+            read = persistent.describe(w2.view(-1, intermediate_size), [tile["BLOCK_N"], tile["BLOCK_K"]])
+            persistent.persistent_down[(multiprocessors(act.device),)](
+                act, persistent.describe(act, [64, tile["BLOCK_K"]]), act_scale, read, w2_scale, w2_bias, topk_weights,
+                run.order, run.blocks, run.num_blocks, rows, row_scale, routes, most, run.tickets[1:],
+                SCALED=weight_quant == "fp8_block", STAGES=stages, **persistent_parameters(tile))
             return
         read, described = weights_for(w2, tile, intermediate_size, 1)
         grouped.grouped_down[(most * -(-hidden_size // tile["BLOCK_N"]),)](
-            act, act_scale, read, w2_scale, w2_bias, topk_weights, order, blocks, num_blocks, rows, row_scale, routes,
-            most, BLOCK_M=block_m, **shared, **{**grouped_parameters(tile), "DESCRIPTOR": described}, **pdl)
-
-    def persistent_parameters(tile):
-        return dict(TOPK=topk, HIDDEN=hidden_size, INTERMEDIATE=intermediate_size, GROUP=group_size,
-                    WEIGHT_ON_INPUT=apply_router_weight_on_input, BLOCK_N=tile["BLOCK_N"], BLOCK_K=tile["BLOCK_K"],
-                    GROUP_M=tile["GROUP_M"], STAGES=tile["num_stages"],
-                    DEPENDENT=dependent, num_warps=persistent.WARPS, **pdl)
+            act, act_scale, read, w2_scale, w2_bias, topk_weights, run.order, run.blocks, run.num_blocks, rows,
+            row_scale, routes, most, BLOCK_M=block_m, **shared, **{**grouped_parameters(tile), "DESCRIPTOR": described},
+            **pdl)
 
     def kernel(hidden_states, w13, w2, topk_weights, topk_ids, *, w13_scale=None, w2_scale=None, a13_scale=None,
                a2_scale=None, w13_bias=None, w2_bias=None, expert_map=None, out=None):
@@ -141,7 +149,7 @@ def experts(*, num_experts, topk, hidden_size, intermediate_size, dtype="bfloat1
         def empty(*shape, dtype=torch.int32):
             return torch.empty(shape, dtype=dtype, device=device)
 
-        order, blocks, num_blocks, tickets = empty(routes), empty(3, most), empty(1), empty(2)
+        run = Blocks(empty(routes), empty(3, most), empty(1), empty(2))
         counts = None if few else empty(chunks, bins)
         x, x_scale = hidden_states, a13_scale
         if stored is not None:
@@ -152,14 +160,14 @@ def experts(*, num_experts, topk, hidden_size, intermediate_size, dtype="bfloat1
         aligning = 1 + num_experts if few else chunks
         with on_gpu(device):
             prepare.prepare[(aligning + (0 if stored is None else tokens),)](
-                topk_ids, expert_map, map_size, order, blocks, num_blocks, counts, tickets, hidden_states, hidden_size,
-                x, None if static else x_scale, a13_scale, tokens, routes, most, aligning, NUM_EXPERTS=num_experts,
-                BINS=bins, BLOCK_M=block_m, STEP=step, ROWS=min(step, 256), CHUNK=CHUNK, HIDDEN=hidden_size,
+                topk_ids, expert_map, map_size, run.order, run.blocks, run.num_blocks, counts, run.tickets,
+                hidden_states, hidden_size, x, None if static else x_scale, a13_scale, tokens, routes, most, aligning,
+                NUM_EXPERTS=num_experts, BINS=bins, BLOCK_M=block_m, STEP=step, ROWS=min(step, 256), CHUNK=CHUNK, HIDDEN=hidden_size,
                 BLOCK=max(group_size, triton.next_power_of_2(hidden_size)), ACT_QUANT=act_quant, FEW=few, **acts,
                 num_warps=8, **pdl)
             if not few:
                 align.place_chunks[(1 + chunks,)](
-                    topk_ids, expert_map, map_size, counts, order, blocks, num_blocks, routes, chunks, most,
+                    topk_ids, expert_map, map_size, counts, run.order, run.blocks, run.num_blocks, routes, chunks, most,
                     NUM_EXPERTS=num_experts, BINS=bins, BLOCK_M=block_m, CHUNK=CHUNK, ROWS=max(1, 16384 // bins),
                     DEPENDENT=dependent, num_warps=8, **pdl)
 
@@ -170,8 +178,7 @@ def experts(*, num_experts, topk, hidden_size, intermediate_size, dtype="bfloat1
                     raise ValueError(f"a tile of {up['BLOCK_N']} columns, {up['PASSES']} times, can't be quantised in "
                                      f"groups of {group_size}")
                 act_scale = empty(-(-intermediate_size // group_size), routes, dtype=torch.float32)
-            first_product(up, x, x_scale, w13, w13_scale, w13_bias, topk_weights, order, blocks, num_blocks,
-                          tickets[:1], act, act_scale, tokens, block_m)
+            first_product(up, block_m, x, x_scale, w13, w13_scale, w13_bias, topk_weights, run, act, act_scale)
             if by_row:
                 rows, act = act, empty(routes, intermediate_size, dtype=stored)
                 act_scale = empty(routes, dtype=torch.float32)
@@ -183,8 +190,7 @@ def experts(*, num_experts, topk, hidden_size, intermediate_size, dtype="bfloat1
             columns = down["BLOCK_N"] * (2 if down["PERSISTENT"] else 1)  # that one tile of the second product makes
             rows = empty(routes, hidden_size, dtype=torch.float16 if halved else torch.float32)
             row_scale = empty(routes, -(-hidden_size // columns), dtype=torch.float32) if halved else None
-            second_product(down, act, act_scale, w2, w2_scale, w2_bias, topk_weights, order, blocks, num_blocks,
-                           tickets[1:], rows, row_scale, block_m)
+            second_product(down, block_m, act, act_scale, w2, w2_scale, w2_bias, topk_weights, run, rows, row_scale)
             tile = columns if halved else COLUMNS
             span = max(1, min(1024, triton.next_power_of_2(hidden_size)) // tile) if halved else 1
             grouped.sum_slots[(tokens, -(-hidden_size // (tile * span)))](
