@@ -36,6 +36,9 @@ from .grouped import tile_of
 WARPS = 4  # of each group
 COMPUTE_REGISTERS = gl.constexpr(232)  # of a thread; the first group that computes has what the others leave: 232 too
 LOAD_REGISTERS = gl.constexpr(40)
+# Under its name of Triton 3.6, or the later one:
+copy_rows = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 ROWS_OF_GROUP = gl.constexpr(64)
 LOADERS = gl.constexpr(32 * WARPS)  # threads of the group that loads
 
@@ -161,21 +164,20 @@ def load(a, a_desc, a_scale, a_scale_stride, w_desc, w_scale, order, blocks, num
                 mbarrier.expect(ready, W_BYTES + 2 * A_BYTES)
             else:
                 mbarrier.expect(ready, W_BYTES + A_BYTES)
-            tma.async_copy_global_to_shared(w_desc, [first_row, k], ready, w_ring.index(2 * stage))
-            tma.async_copy_global_to_shared(w_desc, [second_row, k], ready, w_ring.index(2 * stage + 1))
+            copy_tile(w_desc, [first_row, k], ready, w_ring.index(2 * stage))
+            copy_tile(w_desc, [second_row, k], ready, w_ring.index(2 * stage + 1))
             if HALVES == 2:
-                async_copy.async_copy_global_to_shared(a_ring.index(2 * stage), low_at + k)
+                copy_rows(a_ring.index(2 * stage), low_at + k)
                 if height > ROWS_OF_GROUP:
-                    async_copy.async_copy_global_to_shared(a_ring.index(2 * stage + 1), high_at + k)
+                    copy_rows(a_ring.index(2 * stage + 1), high_at + k)
             else:
-                tma.async_copy_global_to_shared(a_desc, [start, k], ready, a_ring.index(2 * stage))
+                copy_tile(a_desc, [start, k], ready, a_ring.index(2 * stage))
                 if height > ROWS_OF_GROUP:
-                    tma.async_copy_global_to_shared(a_desc, [start + ROWS_OF_GROUP, k], ready,
-                                                    a_ring.index(2 * stage + 1))
+                    copy_tile(a_desc, [start + ROWS_OF_GROUP, k], ready, a_ring.index(2 * stage + 1))
             if SCALED:
                 group = k // GROUP
-                async_copy.async_copy_global_to_shared(x_ring.index(stage), x_at + group.to(gl.int64) * a_scale_stride)
-                async_copy.async_copy_global_to_shared(s_ring.index(stage), s_at + group)
+                copy_rows(x_ring.index(stage), x_at + group.to(gl.int64) * a_scale_stride)
+                copy_rows(s_ring.index(stage), s_at + group)
             if HALVES == 2 or SCALED:
                 async_copy.mbarrier_arrive(ready, increment_count=False)  # each thread, once its copies are there
             step += 1

@@ -162,9 +162,9 @@ def experts(*, num_experts, topk, hidden_size, intermediate_size, dtype="bfloat1
             prepare.prepare[(aligning + (0 if stored is None else tokens),)](
                 topk_ids, expert_map, map_size, run.order, run.blocks, run.num_blocks, counts, run.tickets,
                 hidden_states, hidden_size, x, None if static else x_scale, a13_scale, tokens, routes, most, aligning,
-                NUM_EXPERTS=num_experts, BINS=bins, BLOCK_M=block_m, STEP=step, ROWS=min(step, 256), CHUNK=CHUNK, HIDDEN=hidden_size,
-                BLOCK=max(group_size, triton.next_power_of_2(hidden_size)), ACT_QUANT=act_quant, FEW=few, **acts,
-                num_warps=8, **pdl)
+                NUM_EXPERTS=num_experts, BINS=bins, BLOCK_M=block_m, STEP=step, ROWS=min(step, 256), CHUNK=CHUNK,
+                HIDDEN=hidden_size, BLOCK=max(group_size, triton.next_power_of_2(hidden_size)), ACT_QUANT=act_quant,
+                FEW=few, **acts, num_warps=8, **pdl)
             if not few:
                 align.place_chunks[(1 + chunks,)](
                     topk_ids, expert_map, map_size, counts, run.order, run.blocks, run.num_blocks, routes, chunks, most,
