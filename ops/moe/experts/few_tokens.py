@@ -26,11 +26,10 @@ def quantised_groups(x, BLOCK: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def finish_up(gate, up, w13_bias, topk_weights, act, act_scale, expert, route, rows, INTERMEDIATE: tl.constexpr,
-              INTERLEAVED: tl.constexpr, GROUP: tl.constexpr, ACTIVATION: tl.constexpr, WEIGHT_ON_INPUT: tl.constexpr,
-              ROUND: tl.constexpr, PTX: tl.constexpr):
-    """Stores one route's activations of `rows`, of which gate and up are the products; quantised where there is
-    act_scale, for which `rows` must be one group."""
+def finish_up(gate, up, w13_bias, topk_weights, act, expert, route, rows, INTERMEDIATE: tl.constexpr,
+              INTERLEAVED: tl.constexpr, ACTIVATION: tl.constexpr, WEIGHT_ON_INPUT: tl.constexpr, ROUND: tl.constexpr,
+              PTX: tl.constexpr):
+    """Stores one route's activations of `rows`, of which gate and up are the products."""
     inside = rows < INTERMEDIATE
     if w13_bias is not None:
         at = w13_bias + expert.to(tl.int64) * (2 * INTERMEDIATE)
@@ -45,10 +44,6 @@ def finish_up(gate, up, w13_bias, topk_weights, act, act_scale, expert, route, r
     y = activate(gate, up, ACTIVATION, PTX)
     if ROUND is not None:
         y = widen(narrow(y, ROUND))
-    if act_scale is not None:
-        scale = scale_of(tl.max(tl.where(inside, tl.abs(y), 0.0), axis=0), "fp8")
-        tl.store(act_scale + route * ((INTERMEDIATE + GROUP - 1) // GROUP) + tl.min(rows, axis=0) // GROUP, scale)
-        y = quantised(y, scale, "fp8")
     tl.store(act + route.to(tl.int64) * INTERMEDIATE + rows, y, mask=inside)
 
 
@@ -125,8 +120,8 @@ def pair_up(hidden, row_stride, w13, w13_scale, w13_bias, topk_weights, topk_ids
             gate += widen(g) * x[None, :]
             up += widen(u) * x[None, :]
     gate, up = tl.sum(gate, axis=1), tl.sum(up, axis=1)
-    finish_up(gate, up, w13_bias, topk_weights, act, None, expert, route, rows, INTERMEDIATE, INTERLEAVED, GROUP,
-              ACTIVATION, WEIGHT_ON_INPUT, ROUND, PTX)
+    finish_up(gate, up, w13_bias, topk_weights, act, expert, route, rows, INTERMEDIATE, INTERLEAVED, ACTIVATION,
+              WEIGHT_ON_INPUT, ROUND, PTX)
 
 
 @triton.jit(do_not_specialize=["map_size"])
