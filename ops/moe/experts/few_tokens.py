@@ -20,7 +20,7 @@ def quantised_groups(x, BLOCK: tl.constexpr, GROUP: tl.constexpr):
     """x [BLOCK] float32 to (values, scales) [BLOCK]: what a block-quantised copy of x holds, and its scales."""
     groups = tl.reshape(x, [BLOCK // GROUP, GROUP])
     scale = scale_of(tl.max(tl.abs(groups), axis=1), "fp8")
-    values = quantised(groups, scale[:, None], "fp8").to(tl.float32)
+    values = widen(quantised(groups, scale[:, None], "fp8"))
     scale = tl.broadcast_to(scale[:, None], [BLOCK // GROUP, GROUP])
     return tl.reshape(values, [BLOCK]), tl.reshape(scale, [BLOCK])
 
@@ -157,7 +157,7 @@ def pair_down(act, w2, w2_scale, w2_bias, topk_weights, topk_ids, expert_map, ma
         if FORMAT == "fp8_block":
             a = tl.reshape(a, [SLOTS, GROUPS, GROUP])
             scale = scale_of(tl.max(tl.abs(a), axis=2), "fp8")
-            a = quantised(a, scale[:, :, None], "fp8").to(tl.float32) * scale[:, :, None]
+            a = widen(quantised(a, scale[:, :, None], "fp8")) * scale[:, :, None]
             group = k // GROUP + tl.arange(0, GROUPS)
             w_scale = tl.load(w2_scale + experts.to(tl.int64)[:, None] * (PER_HALF * PER_ROW)
                               + (tl.program_id(1) * BLOCK_N // GROUP) * PER_ROW + group[None, :],
