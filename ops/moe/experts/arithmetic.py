@@ -106,4 +106,4 @@ def row_exponent(largest):
     """A power of two, float32, by which a row with this largest absolute value is divided to lie within float16, with
     all of float16's digits for what is near the largest."""
     power = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    return tl.minimum(tl.maximum(power, 2.0 ** -100), 2.0 ** 126) * 2.0 ** -14
+    return tl.minimum(tl.maximum(power, 2.0 ** -100), 2.0 ** 127) * 2.0 ** -14
