@@ -51,7 +51,8 @@ def finish_up(gate, up, w13_bias, topk_weights, act, expert, route, rows, INTERM
 def finish_down(y, w2_bias, topk_weights, topk_ids, expert_map, map_size, out, out_stride, token, rows,
                 TOPK: tl.constexpr, SLOTS: tl.constexpr, NUM_EXPERTS: tl.constexpr, HIDDEN: tl.constexpr,
                 WEIGHT_ON_INPUT: tl.constexpr):
-    """Stores one token's result in `rows`, the sum over slots of their products y [SLOTS, rows]."""
+    """Stores one token's result in `rows`, the sum over slots of their products y [SLOTS, rows]: as a tree, since the
+    slots lie in several threads, and one after the other took barriers and registers for each."""
     slots = tl.arange(0, SLOTS)
     routes = token * TOPK + slots
     experts = local_expert(topk_ids, expert_map, map_size, routes, slots < TOPK, NUM_EXPERTS)
