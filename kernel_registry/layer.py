@@ -146,16 +146,18 @@ class MoELayer:
         forked = None
         if shared_output is None and self.shared_expert is not None:
             shared_output, forked = self._shared(hidden_states)
-        topk = self._run(observe, TOPK, self.kernels[TOPK], (router_logits, self.correction_bias), dict(
-            routed_scaling_factor=self.traits.routed_scaling_factor, num_token_non_padded=num_token_non_padded))
-        given = (hidden_states, self.w13, self.w2, *topk)
-        if shared_output is None:
-            if out is None:
-                return self._run(observe, EXPERTS, self.kernels[EXPERTS], given, self.tensors)
-            return self._run(observe, EXPERTS, self._into, given, {**self.tensors, "out": out})
-        routed = self._run(observe, EXPERTS, self.kernels[EXPERTS], given, self.tensors)
-        if forked is not None:
-            forked.wait_stream(self.shared_stream)
+        try:
+            topk = self._run(observe, TOPK, self.kernels[TOPK], (router_logits, self.correction_bias), dict(
+                routed_scaling_factor=self.traits.routed_scaling_factor, num_token_non_padded=num_token_non_padded))
+            given = (hidden_states, self.w13, self.w2, *topk)
+            if shared_output is None:
+                if out is None:
+                    return self._run(observe, EXPERTS, self.kernels[EXPERTS], given, self.tensors)
+                return self._run(observe, EXPERTS, self._into, given, {**self.tensors, "out": out})
+            routed = self._run(observe, EXPERTS, self.kernels[EXPERTS], given, self.tensors)
+        finally:
+            if forked is not None:  # after an error too: the shared expert may read what is written next
+                forked.wait_stream(self.shared_stream)
         return self._run(observe, FINALIZE, self.kernels[FINALIZE], (routed,), dict(
             shared_output=shared_output, out=routed if out is None else out))
 
@@ -172,8 +174,12 @@ class MoELayer:
             return self.shared_expert(hidden_states), None
         current = self._streams.current_stream(hidden_states.device)
         self.shared_stream.wait_stream(current)
-        with self._streams.stream(self.shared_stream):
-            output = self.shared_expert(hidden_states)
+        try:
+            with self._streams.stream(self.shared_stream):
+                output = self.shared_expert(hidden_states)
+        except BaseException:
+            current.wait_stream(self.shared_stream)
+            raise
         output.record_stream(current)  # its memory is not given to others before `current` has read it
         return output, current
 

@@ -15,7 +15,7 @@ MOST_ROUTES = 8192
 def of_experts(traits, tokens: int) -> int:
     """Launches of one call of moe.experts, in bfloat16, by the Triton implementation that the registry picks."""
     quant, act = (traits.get(name, "none") for name in ("weight_quant", "act_quant"))
-    if tokens == 1 and (quant == "none" or quant == "fp8_block" and traits["intermediate_size"] <= 512):
+    if tokens == 1 and (quant == "none" or quant == "fp8_block" and traits["intermediate_size"] <= 2048):
         return FEW_TOKENS
     return GROUPED + BY_ROW * act.endswith("_token") + MANY * (tokens * traits["topk"] > MOST_ROUTES)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -89,6 +91,39 @@ def test_what_runs():
             assert (seen[1][2].get("out") is None) == (shared is not None or out is None)
             if shared:
                 assert last is (seen[1][3] if out is None else out), "a third buffer"
+
+
+@pytest.mark.parametrize("failing", [TOPK, EXPERTS, "shared"])
+def test_an_error_leaves_no_stream_behind(failing):
+    """The current stream waits for the shared expert's, which may still read what the caller writes next."""
+    events = []
+
+    class Stream:
+        def wait_stream(self, other):
+            events.append((self, "waits for", other))
+
+    class Streams:
+        current_stream = staticmethod(lambda device: current)
+        stream = staticmethod(lambda stream: nullcontext())
+
+    class Output:
+        def record_stream(self, stream):
+            """Its memory is nobody's."""
+
+    def shared(x):
+        return fail("shared") or Output()
+
+    def fail(step, *_):
+        if step == failing:
+            events.append("error")
+            raise RuntimeError(step)
+
+    current, other = Stream(), Stream()
+    layer, hidden, logits = made(shared_expert=shared, shared_stream=other)
+    layer._streams = Streams
+    with pytest.raises(RuntimeError, match=failing):
+        layer(hidden, logits, observe=fail)
+    assert events == [(other, "waits for", current), "error", (current, "waits for", other)]
 
 
 def test_the_shared_expert_reads_what_the_caller_gave():

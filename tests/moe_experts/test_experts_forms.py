@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from experts_support import judged, layer, named
 
 from kernel_registry import registry
-from kernel_registry.ops.moe.experts import tiles
+from kernel_registry.ops.moe.experts import cases, tiles
 
 pytest.importorskip("triton")
 from kernel_registry.ops.moe.experts import triton_grouped  # noqa: E402
@@ -46,6 +47,27 @@ SERVED = [(traits, form) for traits in LAYERS for form in FORMS
 def test_forms(traits, form, descriptor, device):
     judged("triton_grouped", traits, 33, device=device, flavour="skewed",
            made=formed(traits, 33, **FORMS[form], descriptor=descriptor))
+
+
+@pytest.mark.skipif(not triton_grouped.INTERPRETED, reason="a GPU's addresses are not seen")
+@pytest.mark.parametrize("form", [form for form in FORMS if "passes" in form])
+def test_a_pass_past_the_last_row_reads_no_weights(form, monkeypatch):
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    traits = layer(2, 2, 64, 48, "fp8_block", group_size=32)
+    (hidden, w13, *others), kwargs = cases.inputs(traits, 5)
+    buffer = torch.zeros(2 * w13.numel(), dtype=w13.dtype)
+    inside = buffer[:w13.numel()].view(w13.shape).copy_(w13)
+    first, end = (buffer.data_ptr() + at for at in (w13.numel(), buffer.numel()))
+    original, reads = InterpreterBuilder.create_masked_load, []
+
+    def watched(self, at, mask, *rest, **more):
+        reads.append(bool(((at.data >= first) & (at.data < end) & mask.data).any()))
+        return original(self, at, mask, *rest, **more)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", watched)
+    formed(traits, 5, **FORMS[form], descriptor=False)(hidden, inside, *others, **kwargs)
+    assert reads and not any(reads)
 
 
 @pytest.mark.parametrize("traits,tokens,flavour", [

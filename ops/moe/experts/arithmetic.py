@@ -1,7 +1,7 @@
 """What the expert kernels compute with: quantised values, one step of a product for each weight format, activations.
 
 Everything is float32 once it has left a matrix unit; nothing here rounds but the quantisers, whose arithmetic is that
-of formats.py: IEEE divisions, to nearest even.
+of formats.py: IEEE divisions, to nearest even. A NaN stays one: fp8 stores it; int8 has none, and its scale is NaN.
 """
 
 from __future__ import annotations
@@ -16,18 +16,21 @@ SWIGLU_LIMIT = tl.constexpr(7.0)
 FP8_MOST = tl.constexpr(448.0)
 INT8_MOST = tl.constexpr(127.0)
 LEAST_MOST = tl.constexpr(1e-10)  # a row of zeros has a scale too
+KEPT = tl.constexpr(tl.PropagateNan.ALL)
 
 
 @triton.jit
 def to_fp8(x):
     """float32 within +-448 as float8_e4m3fn, to nearest even. Triton's interpreter cuts bits off: there it is rounded
-    before."""
+    before, and NaN made by hand."""
     if INTERPRETED:
         bits = x.to(tl.int32, bitcast=True)
         rounded = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000).to(tl.float32, bitcast=True)
         small = (x + 24576.0) - 24576.0  # below 2**-6 the format has steps of 2**-9
-        x = tl.where(tl.abs(x) < 0.015625, small, tl.where(x == x, rounded, x))
-    return x.to(tl.float8e4nv)
+        near = tl.where(tl.abs(x) < 0.015625, small, rounded).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        return tl.where(x == x, near, 0x7F).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+    else:
+        return x.to(tl.float8e4nv)
 
 
 @triton.jit
@@ -54,16 +57,25 @@ def activate(gate, up, ACTIVATION: tl.constexpr, PTX: tl.constexpr):
     elif ACTIVATION == "gelu":
         return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)) * up
     else:
-        gate = tl.minimum(gate, SWIGLU_LIMIT)
-        up = tl.minimum(tl.maximum(up, -SWIGLU_LIMIT), SWIGLU_LIMIT)
+        gate = tl.minimum(gate, SWIGLU_LIMIT, KEPT)
+        up = tl.minimum(tl.maximum(up, -SWIGLU_LIMIT, KEPT), SWIGLU_LIMIT, KEPT)
         return (up + 1.0) * (gate * sigmoid(gate * SWIGLU_ALPHA, PTX))
+
+
+@triton.jit
+def largest_of(x, KIND: tl.constexpr):
+    """The largest absolute value of x [N], float32. Of int8's NaN if there is one: as an integer it is largest."""
+    if KIND == "int8":
+        return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0).to(tl.float32, bitcast=True)
+    else:
+        return tl.max(tl.abs(x), axis=0)
 
 
 @triton.jit
 def scale_of(largest, KIND: tl.constexpr):
     """The dynamic scale of a group whose largest absolute value is given."""
     if KIND == "int8":
-        return tl.div_rn(tl.maximum(largest, LEAST_MOST), INT8_MOST)
+        return tl.div_rn(tl.maximum(largest, LEAST_MOST, KEPT), INT8_MOST)
     else:
         return tl.div_rn(tl.maximum(largest, LEAST_MOST), FP8_MOST)
 
@@ -79,12 +91,14 @@ def divided(x, y):
 @triton.jit
 def quantised(x, scale, KIND: tl.constexpr):
     """x / scale in the storage type of KIND, "fp8" or "int8"; x float32, scale broadcast against it."""
+    # brought into range before the division, which an infinity would make NaN; what is near the most is rounded to it
+    most = scale * (INT8_MOST if KIND == "int8" else FP8_MOST)
+    y = divided(tl.minimum(tl.maximum(x, -most, KEPT), most, KEPT), scale)
     if KIND == "int8":
-        y = tl.minimum(tl.maximum(divided(x, scale), -INT8_MOST), INT8_MOST)
         # adding and taking away 1.5 * 2**23 rounds to nearest even, as the float32 sum has no bits left for a fraction
         return ((y + 12582912.0) - 12582912.0).to(tl.int8)
     else:
-        return to_fp8(tl.minimum(tl.maximum(divided(x, scale), -FP8_MOST), FP8_MOST))
+        return to_fp8(y)
 
 
 @triton.jit
@@ -92,4 +106,4 @@ def row_exponent(largest):
     """A power of two, float32, by which a row with this largest absolute value is divided to lie within float16, with
     all of float16's digits for what is near the largest."""
     power = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    return tl.minimum(tl.maximum(power, 2.0 ** -100), 2.0 ** 126) * 2.0 ** -14
+    return tl.minimum(tl.maximum(power, 2.0 ** -100), 2.0 ** 127) * 2.0 ** -14

@@ -30,8 +30,9 @@ w2_bias        the same, [E, H]
 expert_map     int32 or int64 [experts of all machines] -> row of w13, or -1; given exactly with expert_parallel
 out            [T, H] like the result, given exactly with output_alias: the result is written there, and `out` is
                returned. Rows may lie apart; a kernel is never given one that shares memory with an input
-Rows are summed over slots in float32, and cast once. Those of a bfloat16 layer with 512 tokens or more may wait for
-that in 11 bits and a power of two for each row and tile; all others wait in float32.
+Rows are summed over slots in float32, in an order that is the same in each call, and cast once. Those of a bfloat16
+layer with 512 tokens or more may wait for that in 11 bits and a power of two for each row and tile; all others wait in
+float32.
 All tensors but `out` are contiguous; all are on the device of hidden_states. Slots count one by one, equal ids too.
 Raises kernel_registry.errors.InputError for tensors that contradict the dispatched traits.
 

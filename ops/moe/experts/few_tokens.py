@@ -20,17 +20,16 @@ def quantised_groups(x, BLOCK: tl.constexpr, GROUP: tl.constexpr):
     """x [BLOCK] float32 to (values, scales) [BLOCK]: what a block-quantised copy of x holds, and its scales."""
     groups = tl.reshape(x, [BLOCK // GROUP, GROUP])
     scale = scale_of(tl.max(tl.abs(groups), axis=1), "fp8")
-    values = quantised(groups, scale[:, None], "fp8").to(tl.float32)
+    values = widen(quantised(groups, scale[:, None], "fp8"))
     scale = tl.broadcast_to(scale[:, None], [BLOCK // GROUP, GROUP])
     return tl.reshape(values, [BLOCK]), tl.reshape(scale, [BLOCK])
 
 
 @triton.jit
-def finish_up(gate, up, w13_bias, topk_weights, act, act_scale, expert, route, rows, INTERMEDIATE: tl.constexpr,
-              INTERLEAVED: tl.constexpr, GROUP: tl.constexpr, ACTIVATION: tl.constexpr, WEIGHT_ON_INPUT: tl.constexpr,
-              ROUND: tl.constexpr, PTX: tl.constexpr):
-    """Stores one route's activations of `rows`, of which gate and up are the products; quantised where there is
-    act_scale, for which `rows` must be one group."""
+def finish_up(gate, up, w13_bias, topk_weights, act, expert, route, rows, INTERMEDIATE: tl.constexpr,
+              INTERLEAVED: tl.constexpr, ACTIVATION: tl.constexpr, WEIGHT_ON_INPUT: tl.constexpr, ROUND: tl.constexpr,
+              PTX: tl.constexpr):
+    """Stores one route's activations of `rows`, of which gate and up are the products."""
     inside = rows < INTERMEDIATE
     if w13_bias is not None:
         at = w13_bias + expert.to(tl.int64) * (2 * INTERMEDIATE)
@@ -45,10 +44,6 @@ def finish_up(gate, up, w13_bias, topk_weights, act, act_scale, expert, route, r
     y = activate(gate, up, ACTIVATION, PTX)
     if ROUND is not None:
         y = widen(narrow(y, ROUND))
-    if act_scale is not None:
-        scale = scale_of(tl.max(tl.where(inside, tl.abs(y), 0.0), axis=0), "fp8")
-        tl.store(act_scale + route * ((INTERMEDIATE + GROUP - 1) // GROUP) + tl.min(rows, axis=0) // GROUP, scale)
-        y = quantised(y, scale, "fp8")
     tl.store(act + route.to(tl.int64) * INTERMEDIATE + rows, y, mask=inside)
 
 
@@ -56,7 +51,8 @@ def finish_up(gate, up, w13_bias, topk_weights, act, act_scale, expert, route, r
 def finish_down(y, w2_bias, topk_weights, topk_ids, expert_map, map_size, out, out_stride, token, rows,
                 TOPK: tl.constexpr, SLOTS: tl.constexpr, NUM_EXPERTS: tl.constexpr, HIDDEN: tl.constexpr,
                 WEIGHT_ON_INPUT: tl.constexpr):
-    """Stores one token's result in `rows`, the sum over slots of their products y [SLOTS, rows]."""
+    """Stores one token's result in `rows`, the sum over slots of their products y [SLOTS, rows]: as a tree, since the
+    slots lie in several threads, and one after the other took barriers and registers for each."""
     slots = tl.arange(0, SLOTS)
     routes = token * TOPK + slots
     experts = local_expert(topk_ids, expert_map, map_size, routes, slots < TOPK, NUM_EXPERTS)
@@ -125,8 +121,8 @@ def pair_up(hidden, row_stride, w13, w13_scale, w13_bias, topk_weights, topk_ids
             gate += widen(g) * x[None, :]
             up += widen(u) * x[None, :]
     gate, up = tl.sum(gate, axis=1), tl.sum(up, axis=1)
-    finish_up(gate, up, w13_bias, topk_weights, act, None, expert, route, rows, INTERMEDIATE, INTERLEAVED, GROUP,
-              ACTIVATION, WEIGHT_ON_INPUT, ROUND, PTX)
+    finish_up(gate, up, w13_bias, topk_weights, act, expert, route, rows, INTERMEDIATE, INTERLEAVED, ACTIVATION,
+              WEIGHT_ON_INPUT, ROUND, PTX)
 
 
 @triton.jit(do_not_specialize=["map_size"])
@@ -162,7 +158,7 @@ def pair_down(act, w2, w2_scale, w2_bias, topk_weights, topk_ids, expert_map, ma
         if FORMAT == "fp8_block":
             a = tl.reshape(a, [SLOTS, GROUPS, GROUP])
             scale = scale_of(tl.max(tl.abs(a), axis=2), "fp8")
-            a = quantised(a, scale[:, :, None], "fp8").to(tl.float32) * scale[:, :, None]
+            a = widen(quantised(a, scale[:, :, None], "fp8")) * scale[:, :, None]
             group = k // GROUP + tl.arange(0, GROUPS)
             w_scale = tl.load(w2_scale + experts.to(tl.int64)[:, None] * (PER_HALF * PER_ROW)
                               + (tl.program_id(1) * BLOCK_N // GROUP) * PER_ROW + group[None, :],

@@ -18,16 +18,17 @@ from .arithmetic import quantised, scale_of
 from .few_tokens import finish_down, finish_up
 
 
+FEWEST = tl.constexpr(8)  # columns that a matrix unit multiplies
+
+
 @triton.jit
 def runs(at, live, first, k, DEPTH: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr, EVICT: tl.constexpr):
     """[R, GROUP] from `at` [R], columns k + first.. of DEPTH; 0 outside and in rows that are not `live`."""
     columns = tl.arange(0, GROUP)
-    at = at[:, None] + columns[None, :] + k
-    if DEPTH % STEP == 0:
-        return tl.load(at, mask=live[:, None], other=0.0, eviction_policy=EVICT)
-    else:
-        return tl.load(at, mask=live[:, None] & (first[:, None] + columns[None, :] < DEPTH - k), other=0.0,
-                       eviction_policy=EVICT)
+    there = live[:, None]
+    if DEPTH % STEP != 0:
+        there = there & (first[:, None] + columns[None, :] < DEPTH - k)
+    return tl.load(at[:, None] + columns[None, :] + k, mask=there, other=0.0, eviction_policy=EVICT)
 
 
 @triton.jit
@@ -58,12 +59,11 @@ def own_column(products, PARTS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["map_size"])
 def pair_up_dot(hidden, row_stride, w13, w13_scale, w13_bias, topk_weights, topk_ids, expert_map, map_size, act,
-                act_scale, TOPK: tl.constexpr, NUM_EXPERTS: tl.constexpr, HIDDEN: tl.constexpr,
-                INTERMEDIATE: tl.constexpr, INTERLEAVED: tl.constexpr, GROUP: tl.constexpr, ACTIVATION: tl.constexpr,
-                WEIGHT_ON_INPUT: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr,
-                STAGES: tl.constexpr, DESCRIPTOR: tl.constexpr, DEPENDENT: tl.constexpr, PTX: tl.constexpr):
-    """act [R, I] at routes: float32, or, with act_scale [R, I / GROUP], fp8, where BLOCK_N must be GROUP.
-    Grid: (routes, tiles of N). w13: a pointer, or a descriptor of [E, H / GROUP, 2, I, GROUP]."""
+                TOPK: tl.constexpr, NUM_EXPERTS: tl.constexpr, HIDDEN: tl.constexpr, INTERMEDIATE: tl.constexpr,
+                INTERLEAVED: tl.constexpr, GROUP: tl.constexpr, ACTIVATION: tl.constexpr,
+                WEIGHT_ON_INPUT: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
+                DEPENDENT: tl.constexpr, PTX: tl.constexpr):
+    """act [R, I] float32 at routes. Grid: (routes, tiles of N)."""
     route = tl.program_id(0)
     row0 = tl.program_id(1) * BLOCK_N
     if DEPENDENT:
@@ -73,12 +73,14 @@ def pair_up_dot(hidden, row_stride, w13, w13_scale, w13_bias, topk_weights, topk
     if expert == NUM_EXPERTS:
         return
     M: tl.constexpr = 2 * PARTS * BLOCK_N
-    COLUMNS: tl.constexpr = PARTS if PARTS > WIDTH else WIDTH
+    COLUMNS: tl.constexpr = PARTS if PARTS > FEWEST else FEWEST
     STEP: tl.constexpr = PARTS * GROUP
     PER_ROW: tl.constexpr = (HIDDEN + GROUP - 1) // GROUP
     index = tl.arange(0, M)
     part, half = index // (2 * BLOCK_N) * GROUP, index // BLOCK_N % 2
-    row = tl.minimum(row0 + index % BLOCK_N, INTERMEDIATE - 1)
+    row = row0 + index % BLOCK_N
+    live = row < INTERMEDIATE
+    row = tl.where(live, row, 0)
     if INTERLEAVED:
         ROWS: tl.constexpr = (2 * INTERMEDIATE + GROUP - 1) // GROUP
         row = 2 * row + half
@@ -87,51 +89,32 @@ def pair_up_dot(hidden, row_stride, w13, w13_scale, w13_bias, topk_weights, topk
         ROWS: tl.constexpr = (INTERMEDIATE + GROUP - 1) // GROUP * 2
         scale_row = half * (ROWS // 2) + row // GROUP
         row += half * INTERMEDIATE
-    w_at = w13 if DESCRIPTOR else w13 + expert.to(tl.int64) * (2 * INTERMEDIATE * HIDDEN) + (row * HIDDEN + part)
+    w_at = w13 + expert.to(tl.int64) * (2 * INTERMEDIATE * HIDDEN) + (row * HIDDEN + part)
     scale_at = w13_scale + expert.to(tl.int64) * (ROWS * PER_ROW) + (scale_row * PER_ROW + part // GROUP)
     own = tl.arange(0, COLUMNS) % PARTS * GROUP
     x_at = hidden + (route // TOPK).to(tl.int64) * row_stride + own
     acc = tl.zeros([M, COLUMNS], tl.float32)
     for k in tl.range(0, HIDDEN, STEP, num_stages=STAGES):
-        if DESCRIPTOR:
-            w = tl.reshape(w_at.load([expert, k // GROUP, 0, row0, 0]), [M, GROUP])
-        else:
-            w = runs(w_at, row >= 0, part, k, HIDDEN, STEP, GROUP, "evict_first")
-        x = widen(runs(x_at, own >= 0, own, k, HIDDEN, STEP, GROUP, ""))
+        w = runs(w_at, live, part, k, HIDDEN, STEP, GROUP, "evict_first")
+        x = widen(runs(x_at, own < STEP, own, k, HIDDEN, STEP, GROUP, ""))  # all are live
         w_scale = tl.load(scale_at + k // GROUP, mask=part < HIDDEN - k, other=0.0)
         x, x_scale = with_scales(x)
         acc += products(w, w_scale, x, x_scale)
     both = tl.reshape(tl.sum(own_column(acc, PARTS), axis=0), [2, BLOCK_N])
     gate, up = tl.split(tl.trans(both))
-    finish_up(gate, up, w13_bias, topk_weights, act, act_scale, expert, route, row0 + tl.arange(0, BLOCK_N),
-              INTERMEDIATE, INTERLEAVED, GROUP, ACTIVATION, WEIGHT_ON_INPUT, None, PTX)
-
-
-@triton.jit
-def activations(act, act_scale, route, live, first, k, DEPTH: tl.constexpr, STEP: tl.constexpr, GROUP: tl.constexpr):
-    """([C, GROUP] fp8, [C]): columns k + first.. of rows of what pair_up_dot wrote, and their scales."""
-    a = runs(act + route.to(tl.int64) * DEPTH + first, live, first, k, DEPTH, STEP, GROUP, "")
-    if act_scale is None:
-        return with_scales(a)
-    else:
-        at = act_scale + route * ((DEPTH + GROUP - 1) // GROUP) + (k + first) // GROUP
-        return a, tl.load(at, mask=live & (first < DEPTH - k), other=0.0)
+    finish_up(gate, up, w13_bias, topk_weights, act, expert, route, row0 + tl.arange(0, BLOCK_N), INTERMEDIATE,
+              INTERLEAVED, ACTIVATION, WEIGHT_ON_INPUT, None, PTX)
 
 
 @triton.jit(do_not_specialize=["map_size"])
-def pair_down_dot(act, act_scale, w2, w2_scale, w2_bias, topk_weights, topk_ids, expert_map, map_size, out, out_stride,
+def pair_down_dot(act, w2, w2_scale, w2_bias, topk_weights, topk_ids, expert_map, map_size, out, out_stride,
                   TOPK: tl.constexpr, SLOTS: tl.constexpr, NUM_EXPERTS: tl.constexpr, HIDDEN: tl.constexpr,
                   INTERMEDIATE: tl.constexpr, GROUP: tl.constexpr, WEIGHT_ON_INPUT: tl.constexpr,
-                  BLOCK_N: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
-                  AHEAD: tl.constexpr, PREFETCH: tl.constexpr, DEPENDENT: tl.constexpr):
-    """out [T, H]; act as pair_up_dot writes it. Grid: (tokens, tiles of N).
-
-    AHEAD     the first weights are under way before this waits for pair_up_dot; takes registers for all activations
-    PREFETCH  all weights are on their way to the L2 cache before
-    """
+                  BLOCK_N: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr, DEPENDENT: tl.constexpr):
+    """out [T, H]. Grid: (tokens, tiles of N). Takes registers for all activations of a token."""
     token = tl.program_id(0)
     M: tl.constexpr = SLOTS * PARTS * BLOCK_N
-    COLUMNS: tl.constexpr = SLOTS * PARTS if SLOTS * PARTS > WIDTH else WIDTH
+    COLUMNS: tl.constexpr = SLOTS * PARTS
     STEP: tl.constexpr = PARTS * GROUP
     PER_ROW: tl.constexpr = (INTERMEDIATE + GROUP - 1) // GROUP
     PER_EXPERT: tl.constexpr = (HIDDEN + GROUP - 1) // GROUP * PER_ROW
@@ -145,51 +128,31 @@ def pair_down_dot(act, act_scale, w2, w2_scale, w2_bias, topk_weights, topk_ids,
     row = tl.where(live, row, 0)
     w_at = w2 + expert * (HIDDEN * INTERMEDIATE) + (row * INTERMEDIATE + part)
     scale_at = w2_scale + expert * PER_EXPERT + (row // GROUP * PER_ROW + part // GROUP)
-    own = tl.arange(0, COLUMNS) % (SLOTS * PARTS)
+    own = tl.arange(0, COLUMNS)
     own_slot, own_part = own // PARTS, own % PARTS * GROUP
     own_route = token * TOPK + own_slot
     own_live = local_expert(topk_ids, expert_map, map_size, own_route, own_slot < TOPK, NUM_EXPERTS) < NUM_EXPERTS
-    if PREFETCH and DEPENDENT:
-        LINES: tl.constexpr = triton.next_power_of_2((INTERMEDIATE + 127) // 128)
-        prefetch((w_at - part)[:, None] + tl.minimum(tl.arange(0, LINES) * 128, INTERMEDIATE - 1)[None, :])
     acc = tl.zeros([M, COLUMNS], tl.float32)
-    if AHEAD:
-        # The loop's first loads are issued ahead of it. Of activations there must be none among them, so all are read
-        # in its first round, and wait in registers for theirs, of which each takes the first and puts it last.
-        values, scales = (), ()
-        for k in tl.static_range(0, INTERMEDIATE, STEP):
-            values = values + (tl.zeros([COLUMNS, GROUP], tl.float8e4nv),)
-            scales = scales + (tl.zeros([COLUMNS], tl.float32),)
-        for k in tl.range(0, INTERMEDIATE, STEP, num_stages=STAGES):
-            w = runs(w_at, live, part, k, INTERMEDIATE, STEP, GROUP, "evict_first")
-            w_scale = tl.load(scale_at + k // GROUP, mask=part < INTERMEDIATE - k, other=0.0)
-            if k == 0:
-                ready = own_route + waited(k) if DEPENDENT else own_route
-                values, scales = (), ()
-                for j in tl.static_range(0, INTERMEDIATE, STEP):
-                    a, a_scale = activations(act, act_scale, ready, own_live, own_part, j, INTERMEDIATE, STEP, GROUP)
-                    values, scales = values + (a,), scales + (a_scale,)
-            acc += products(w, w_scale, values[0], scales[0])
-            values, scales = values[1:] + (values[0],), scales[1:] + (scales[0],)
-    else:
-        if DEPENDENT:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
-        for k in tl.range(0, INTERMEDIATE, STEP, num_stages=STAGES):
-            w = runs(w_at, live, part, k, INTERMEDIATE, STEP, GROUP, "evict_first")
-            w_scale = tl.load(scale_at + k // GROUP, mask=part < INTERMEDIATE - k, other=0.0)
-            a, a_scale = activations(act, act_scale, own_route, own_live, own_part, k, INTERMEDIATE, STEP, GROUP)
-            acc += products(w, w_scale, a, a_scale)
-    y = tl.sum(tl.reshape(own_column(acc, SLOTS * PARTS), [SLOTS, PARTS, BLOCK_N]), axis=1)
+    # The loop's first weights are under way before it begins. Of activations there must be none among them, so all are
+    # read in its first round, and wait in registers for theirs, of which each takes the first and puts it last.
+    values, scales = (), ()
+    for k in tl.static_range(0, INTERMEDIATE, STEP):
+        values = values + (tl.zeros([COLUMNS, GROUP], tl.float8e4nv),)
+        scales = scales + (tl.zeros([COLUMNS], tl.float32),)
+    for k in tl.range(0, INTERMEDIATE, STEP, num_stages=STAGES):
+        w = runs(w_at, live, part, k, INTERMEDIATE, STEP, GROUP, "evict_first")
+        w_scale = tl.load(scale_at + k // GROUP, mask=part < INTERMEDIATE - k, other=0.0)
+        if k == 0:
+            a_at = act + (own_route + waited(k) if DEPENDENT else own_route).to(tl.int64) * INTERMEDIATE + own_part
+            values, scales = (), ()
+            for j in tl.static_range(0, INTERMEDIATE, STEP):
+                a, a_scale = with_scales(runs(a_at, own_live, own_part, j, INTERMEDIATE, STEP, GROUP, ""))
+                values, scales = values + (a,), scales + (a_scale,)
+        acc += products(w, w_scale, values[0], scales[0])
+        values, scales = values[1:] + (values[0],), scales[1:] + (scales[0],)
+    y = tl.sum(tl.reshape(own_column(acc, COLUMNS), [SLOTS, PARTS, BLOCK_N]), axis=1)
     finish_down(y, w2_bias, topk_weights, topk_ids, expert_map, map_size, out, out_stride, token,
                 tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), TOPK, SLOTS, NUM_EXPERTS, HIDDEN, WEIGHT_ON_INPUT)
-
-
-@triton.jit
-def prefetch(at):
-    """Bring the cache lines at these addresses into the L2 cache."""
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False,
-                              pack=1)
 
 
 @triton.jit

@@ -283,8 +283,11 @@ def up_tile(hidden, hidden_scale, row_stride, w13, w13_scale, w13_bias, topk_wei
     if FORMAT == "fp8_block":
         most = tl.max(tl.where(there, tl.abs(y), 0.0), axis=1)
         if PASSES == 2:
+            second = row0 + BLOCK_N
+            if not DESCRIPTOR and INTERMEDIATE % BLOCK_N == 0:  # past the last row nothing is kept, so another is read
+                second = tl.minimum(second, INTERMEDIATE - BLOCK_N)
             z = activated(hidden, hidden_scale, row_stride, w13, w13_scale, w13_bias, topk_weights, expert, routes,
-                          live, row0 + BLOCK_N, num_tokens, TOPK, HIDDEN, INTERMEDIATE, INTERLEAVED, FORMAT, PER_TENSOR,
+                          live, second, num_tokens, TOPK, HIDDEN, INTERMEDIATE, INTERLEAVED, FORMAT, PER_TENSOR,
                           GROUP, STATIC, ACTIVATION, WEIGHT_ON_INPUT, BLOCK_M, BLOCK_N, BLOCK_K, SWAP, DESCRIPTOR,
                           MERGED, PTX)
             also = live[:, None] & (columns < INTERMEDIATE - BLOCK_N)[None, :]

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ..casts import widen
 from .align import count_chunk, list_blocks, place_routes
-from .arithmetic import quantised, scale_of
+from .arithmetic import largest_of, quantised, scale_of
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def quantise_row(token, hidden, row_stride, quantised_hidden, hidden_scale, stat
     elif static_scale is not None:
         x = quantised(x, tl.load(static_scale), KIND)
     else:
-        scale = scale_of(tl.max(tl.abs(x), axis=0), KIND)
+        scale = scale_of(largest_of(x, KIND), KIND)
         tl.store(hidden_scale + token, scale)
         x = quantised(x, scale, KIND)
     tl.store(quantised_hidden + token.to(tl.int64) * HIDDEN + columns, x, mask=live)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import few_tokens, few_tokens_dot
 from .checks import make_checks
@@ -37,21 +36,11 @@ def experts(*, num_experts, topk, hidden_size, intermediate_size, dtype="bfloat1
     first, second = few_tokens.pair_up, few_tokens.pair_down
     if dot:
         first, second = few_tokens_dot.pair_up_dot, few_tokens_dot.pair_down_dot
+        if not ptx(platform):
+            down.pop("maxnreg", None)  # which NVIDIA's compiler alone knows
     else:
         shared["FORMAT"] = weight_quant
         up["ROUND"] = None if blocks else _ROUNDED[dtype]
-    quantises = dot and up["BLOCK_N"] == group_size  # the first launch makes whole groups of the second's input
-    groups = -(-hidden_size // group_size)
-
-    def w13_for(w13):
-        """What the first launch reads w13 through."""
-        if not up.get("DESCRIPTOR"):
-            return w13
-        half, row = (hidden_size, 2 * hidden_size) if activation == "swigluoai" else \
-            (intermediate_size * hidden_size, hidden_size)
-        return TensorDescriptor(w13, [num_experts, groups, 2, intermediate_size, group_size],
-                                [2 * intermediate_size * hidden_size, group_size, half, row, 1],
-                                [1, up["PARTS"], 2, up["BLOCK_N"], group_size])
 
     def kernel(hidden_states, w13, w2, topk_weights, topk_ids, *, w13_scale=None, w2_scale=None, a13_scale=None,
                a2_scale=None, w13_bias=None, w2_bias=None, expert_map=None, out=None):
@@ -64,20 +53,14 @@ def experts(*, num_experts, topk, hidden_size, intermediate_size, dtype="bfloat1
             return out
         map_size = 0 if expert_map is None else expert_map.shape[0]
         routes = tokens * topk
-        act = torch.empty((routes, intermediate_size), dtype=torch.float8_e4m3fn if quantises else torch.float32,
-                          device=device)
-        scales = ()
-        if dot:
-            shape = (routes, -(-intermediate_size // group_size))
-            scales = (torch.empty(shape, dtype=torch.float32, device=device) if quantises else None,)
+        act = torch.empty((routes, intermediate_size), dtype=torch.float32, device=device)
         with on_gpu(device):
             first[(routes, -(-intermediate_size // up["BLOCK_N"]))](
-                hidden_states, hidden_size, w13_for(w13), w13_scale, w13_bias, topk_weights, topk_ids, expert_map,
-                map_size, act, *scales, INTERLEAVED=activation == "swigluoai", ACTIVATION=activation, PTX=ptx(platform),
-                **up, **shared)
+                hidden_states, hidden_size, w13, w13_scale, w13_bias, topk_weights, topk_ids, expert_map, map_size, act,
+                INTERLEAVED=activation == "swigluoai", ACTIVATION=activation, PTX=ptx(platform), **up, **shared)
             second[(tokens, -(-hidden_size // down["BLOCK_N"]))](
-                act, *scales, w2, w2_scale, w2_bias, topk_weights, topk_ids, expert_map, map_size, out,
-                out.stride(0), SLOTS=triton.next_power_of_2(topk), **down, **shared)
+                act, w2, w2_scale, w2_bias, topk_weights, topk_ids, expert_map, map_size, out, out.stride(0),
+                SLOTS=triton.next_power_of_2(topk), **down, **shared)
         return out
 
     return kernel
@@ -89,10 +72,11 @@ def _tiles(blocks: bool, topk: int, hidden_size: int, intermediate_size: int, gr
     if blocks and intermediate_size > ELEMENTWISE:
         slots = triton.next_power_of_2(topk)
         parts = max(2, 16 // slots)  # with the slots, the columns that a matrix unit multiplies anyhow
-        held = intermediate_size <= 2048  # activations that registers have room for
-        return (dict(DOT=True, BLOCK_N=32, PARTS=2, WIDTH=8, STAGES=4, DESCRIPTOR=False, num_warps=4),
-                dict(BLOCK_N=128 // (slots * parts), PARTS=parts, WIDTH=8, STAGES=4, AHEAD=held, PREFETCH=False,
-                     num_warps=8))
+        up = dict(DOT=True, BLOCK_N=32, PARTS=2, STAGES=4, num_warps=4)
+        down = dict(BLOCK_N=128 // (slots * parts), PARTS=parts, STAGES=4)
+        if group == 128 and slots * intermediate_size <= 8 * 1536:
+            return up, {**down, "num_warps": 4, "maxnreg": 168}  # so that a multiprocessor holds three programs
+        return up, {**down, "num_warps": 8}  # the registers of four warps do not hold the activations
     if INTERPRETED:  # which takes as long over a small tile as over a large one
         wide = max(group, 128)
         return (dict(BLOCK_N=group // 2 if blocks else 128, BLOCK_K=wide, STAGES=1, num_warps=4),
