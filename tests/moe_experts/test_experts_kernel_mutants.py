@@ -329,7 +329,7 @@ MUTANTS = {
     "exponents at sorted positions": (
         GROUPED_PY, "row_scale + routes.to(tl.int64) * TILES_N", "row_scale + positions.to(tl.int64) * TILES_N",
         "16-bit rows"),
-    "exponent four too small": (ARITHMETIC, "2.0 ** 126) * 2.0 ** -14", "2.0 ** 126) * 2.0 ** -18", "16-bit rows"),
+    "exponent four too small": (ARITHMETIC, "2.0 ** 127) * 2.0 ** -14", "2.0 ** 127) * 2.0 ** -18", "16-bit rows"),
     # int4
     "nibbles swapped": (GROUPED_PY, "tl.join(low, high)", "tl.join(high, low)", "int4"),
     "a zero point of 7": (GROUPED_PY, "(w >> 4).to(tl.int8) - 8", "(w >> 4).to(tl.int8) - 7", "int4"),
@@ -345,14 +345,15 @@ MUTANTS = {
     "gelu by a tanh": (
         ARITHMETIC, "0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)) * up",
         "gate * sigmoid(1.5957691216 * (gate + 0.044715 * gate * gate * gate), PTX) * up", "gelu"),
-    "no limit of the gate": (ARITHMETIC, "gate = tl.minimum(gate, SWIGLU_LIMIT)", "gate = gate * 1.0", "swiglu"),
+    "no limit of the gate": (ARITHMETIC, "gate = tl.minimum(gate, SWIGLU_LIMIT, KEPT)", "gate = gate * 1.0", "swiglu"),
     "a limit of the gate on the wrong side": (
-        ARITHMETIC, "gate = tl.minimum(gate, SWIGLU_LIMIT)", "gate = tl.maximum(gate, -SWIGLU_LIMIT)", "swiglu"),
+        ARITHMETIC, "gate = tl.minimum(gate, SWIGLU_LIMIT, KEPT)", "gate = tl.maximum(gate, -SWIGLU_LIMIT)", "swiglu"),
     "a limit of the gate on both sides": (
-        ARITHMETIC, "gate = tl.minimum(gate, SWIGLU_LIMIT)",
+        ARITHMETIC, "gate = tl.minimum(gate, SWIGLU_LIMIT, KEPT)",
         "gate = tl.minimum(tl.maximum(gate, -SWIGLU_LIMIT), SWIGLU_LIMIT)", "swiglu"),
     "a limit of the up half on one side": (
-        ARITHMETIC, "tl.minimum(tl.maximum(up, -SWIGLU_LIMIT), SWIGLU_LIMIT)", "tl.minimum(up, SWIGLU_LIMIT)",
+        ARITHMETIC, "tl.minimum(tl.maximum(up, -SWIGLU_LIMIT, KEPT), SWIGLU_LIMIT, KEPT)",
+        "tl.minimum(up, SWIGLU_LIMIT)",
         "swiglu"),
     "no alpha": (ARITHMETIC, "sigmoid(gate * SWIGLU_ALPHA, PTX)", "sigmoid(gate, PTX)", "swiglu"),
     "no one added to up": (ARITHMETIC, "(up + 1.0)", "up", "interleaved"),
@@ -369,13 +370,13 @@ MUTANTS = {
         ARITHMETIC, "((y + 12582912.0) - 12582912.0)", "tl.floor(y + 0.5)", "int8, halfway"),
     "int8 cut off": (ARITHMETIC, "((y + 12582912.0) - 12582912.0)", "y", "int8"),
     "int8 of 128 steps": (
-        ARITHMETIC, "tl.div_rn(tl.maximum(largest, LEAST_MOST), INT8_MOST)",
-        "tl.div_rn(tl.maximum(largest, LEAST_MOST), 128.0)", "int8"),
+        ARITHMETIC, "tl.div_rn(tl.maximum(largest, LEAST_MOST, KEPT), INT8_MOST)",
+        "tl.div_rn(tl.maximum(largest, LEAST_MOST, KEPT), 128.0)", "int8"),
     "fp8 past its largest": (
-        ARITHMETIC, "to_fp8(tl.minimum(tl.maximum(divided(x, scale), -FP8_MOST), FP8_MOST))",
-        "to_fp8(divided(x, scale))", "fp8 static"),
+        ARITHMETIC, "INT8_MOST if KIND == \"int8\" else FP8_MOST", "INT8_MOST if KIND == \"int8\" else 480.0",
+        "fp8 static"),
     "int8 past its largest": (
-        ARITHMETIC, "tl.minimum(tl.maximum(divided(x, scale), -INT8_MOST), INT8_MOST)", "divided(x, scale)",
+        ARITHMETIC, "INT8_MOST if KIND == \"int8\" else FP8_MOST", "1024.0 if KIND == \"int8\" else FP8_MOST",
         "int8 static"),
     "a row quantised by its largest scale": (
         PREPARE, "quantised(x, scale[:, None], KIND)", "quantised(x, tl.max(scale, axis=0), KIND)", "fp8 blocks"),
@@ -422,7 +423,7 @@ MUTANTS = {
     "few: hidden states are not quantised": (
         FEW_PY, "x, scale = quantised_groups(x, BLOCK_K, GROUP)", "scale = 1.0", "few, fp8 blocks"),
     "few: activations are not quantised": (
-        FEW_PY, "a = quantised(a, scale[:, :, None], \"fp8\").to(tl.float32) * scale[:, :, None]", "a = a * 1.0",
+        FEW_PY, "a = widen(quantised(a, scale[:, :, None], \"fp8\")) * scale[:, :, None]", "a = a * 1.0",
         "few, fp8 blocks, interleaved"),
     "few: activations are not rounded": (FEW_PY, "y = widen(narrow(y, ROUND))", "y = y * 1.0", "few"),
     "few: columns past H are read": (

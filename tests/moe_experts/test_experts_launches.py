@@ -34,7 +34,7 @@ def test_experts(format, monkeypatch):
 
 
 def test_large_experts_in_fp8_blocks_are_grouped_for_one_token_too(monkeypatch):
-    traits = layer(2, 2, 64, 640, "fp8_block")
+    traits = layer(2, 2, 64, 2176, "fp8_block")
     args, kwargs = cases.inputs(traits, 1)
     with launches.counted(monkeypatch) as found:
         registry.dispatch("moe.experts", **traits, num_tokens=1)(*args, **kwargs)
