@@ -79,8 +79,8 @@ def default(traits: Mapping[str, object], num_tokens: int, *, aligned=True) -> d
     if rows <= 24:
         if large:  # which is why a popular expert's rows, of a skewed routing, are in few blocks too
             return {"BLOCK_M": 32, "up": tile(64, 128, 4, 4, swap=True), "down": tile(64, 128, 4, 4, swap=True)}
-        return {"BLOCK_M": 16 if rows <= 8 else 32, "up": tile(32, 128, 4, 4, swap=True, merged=True),
-                "down": tile(128, 64, 4, 5, swap=True)}
+        up = tile(32, 128, 4, 4, swap=True, merged=True) if rows <= 8 else tile(64, 64, 4, 5, swap=True)
+        return {"BLOCK_M": 16 if rows <= 8 else 32, "up": up, "down": tile(128, 64, 4, 5, swap=True)}
     if rows <= 48:
         return {"BLOCK_M": 64, "up": tile(64, 64, 4, 5, merged=True, group_m=4), "down": tile(128, 64, 4, 5, group_m=4)}
     tail = 64 if rows <= 384 else 0
