@@ -243,6 +243,16 @@ def test_sums_that_are_cut_like_tensor_cores_do_have_their_spread(few_large, col
     assert ((total - right.at) / without.spread).abs().max() > 100
 
 
+def test_products_beside_a_much_larger_sum_before_lose_bits():
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(rows, 128, generator=generator) for rows in (16, 256))
+    x[:, :32], w[:, :32] = 8 * x[:, :32].abs(), 8 * w[:, :32].abs()
+    x, w = (t.to(torch.float8_e4m3fn).double() for t in (x, w))
+    right = product({"act_quant": "fp8_token"}, exactly(x), w, True)
+    off = ((summed_by_tensor_cores(x, w) - right.at) / right.spread).flatten().abs()
+    assert 0.5 < off.square().mean().sqrt() < 1.9 and off.max() < 8
+
+
 def multiplied_by_tensor_cores(x, x_scale, stored, scale, matrix):
     """The reference's product of fp8 blocks, in the arithmetic of Hopper."""
     total, weight, scale = 0.0, matrix.values(stored), matrix.scale_of_weight(scale)
