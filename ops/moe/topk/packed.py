@@ -91,7 +91,8 @@ def fixed_point(choice, scale, offset, BITS: tl.constexpr, PTX: tl.constexpr):
         inside = tl.inline_asm_elementwise("fma.rn.sat.f32 $0, $1, $2, $3;", "=f,f,f,f", [choice, scale, offset],
                                            dtype=tl.float32, is_pure=True, pack=1)
     else:
-        inside = tl.minimum(tl.maximum(choice * scale + offset, 0.0), 1.0)
+        inside = choice * scale + offset
+        inside = tl.where(inside > 0.0, tl.minimum(inside, 1.0), 0.0)  # no maximum: Triton 3.6's interpreter keeps NaN
     # A power of two added leaves a number below 1 in the low bits of the sum, as many as have room above the id.
     POWER: tl.constexpr = 1 << (BITS - 8)
     BELOW_ONE: tl.constexpr = 1.0 - POWER / 4194304
