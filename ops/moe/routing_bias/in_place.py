@@ -66,7 +66,7 @@ def prepare(subject, *, num_experts, topk, num_expert_group, topk_group, num_fus
                                f"{names([bias.dtype])} storage", hint="prepare before capturing, or capture again")
         if not narrow:
             _refuse_rounding(path, bias, target)
-    left = views(changing, subject)
+    left = views(changing, subject) if changing else []
     if left:
         raise PreparationError(f"views would be left behind with the old dtype: {'; '.join(left)}",
                                hint="drop them, prepare, and take them again from the parameter")
@@ -129,9 +129,9 @@ def _refuse_rounding(path: str, values: torch.Tensor, target: torch.dtype) -> No
 
 
 def _align(path: str, bias: torch.Tensor, target: torch.dtype, **router) -> Aligned:
-    old = bias.data
-    if old.dtype == target:
+    if bias.dtype == target:
         return Aligned(path, names([target]), names([target]))
+    old = bias.data
     bias.data = old.to(target)  # the object stays, and with it every holder's reference to it
     before, after = names([old.dtype]), names([target])
     probe = {}
