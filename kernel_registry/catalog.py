@@ -134,7 +134,8 @@ def _read(document: Document, op: str, entry: OpEntry, space: TraitSpace) -> Ite
         box = read_box(space, item.when, closed=True,
                        where=lambda key: document.where((*path, "when", *key) if key else path))
         whole = Implementation(op, name, item.target, box, document.where(path), item.summary, item.rank, item.fallback,
-                               item.numerics, item.options, item.accepts_output_alias, item.tiles or "", item.prepare or "")
+                               item.numerics, item.options, item.accepts_output_alias, item.tiles or "",
+                               item.prepare or "")
         if whole.accepts_output_alias and aliasing.TRAIT not in space.traits:
             raise DocumentError(f"{name} accepts an output that {op} never gets: its contract has no trait "
                                 f"{aliasing.TRAIT}", where=document.where((*path, "accepts_output_alias")),

@@ -16,7 +16,7 @@ from .expressions import Expression, ExpressionError
 from .predicates import ValueSet, value_set
 from .traits.trait import REQUIRED, Trait, written
 
-CAPTURED = "_kernel_registry_captured"  # attribute of a tensor that a graph read when it was captured: its storage stays
+CAPTURED = "_kernel_registry_captured"  # attribute of a tensor that a captured graph reads: its storage has to stay
 OUTPUT_ALIAS = "output_alias"  # the trait that says whether a call brings `out`
 
 
@@ -123,8 +123,8 @@ class TraitSpace:
         self._check_output()
         missing = {*contract.prepared} - {*inspect.signature(contract.signature).parameters}
         if missing:
-            raise TraitError(f"{contract.__name__}.prepared names {', '.join(sorted(missing))}, which the signature does "
-                             "not have", where=op)
+            raise TraitError(f"{contract.__name__}.prepared names {', '.join(sorted(missing))}, which the signature "
+                             "does not have", where=op)
 
     def _check_output(self):
         """An op either has all that belongs to a given `out`, or none of it."""

@@ -24,8 +24,8 @@ from .tiles import Tuned
 class Candidate:
     """One implementation's part in the story: `failures` are all the reasons, `denied` the rule that disables it,
     `options` what its target is given beside the traits, `lasting` those failures that no open trait can mend,
-    `variant_of` the implementation whose variant it is, `output` what it does with an `out` that the call brings, `prepare` the
-    function that makes the arguments that it takes prepared."""
+    `variant_of` the implementation whose variant it is, `output` what it does with an `out` that the call brings,
+    `prepare` the function that makes the arguments that it takes prepared."""
 
     name: str
     where: str

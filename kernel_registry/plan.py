@@ -35,9 +35,9 @@ _PACKAGES = ("kernel-registry", "torch", "triton")
 class Plan:
     """Choices for `calls`, each a dict: op, model (scope or null), traits, table (list of {when, implementation,
     decided_by}), sources (implementation -> hash) and, where some of them have any, options (implementation -> its
-    options), prepare (implementation -> the function that makes its prepared arguments) and tiles (implementation -> the device, each tile that is tuned for it, by num_tokens, and the first and
-    last numbers of tokens that these serve; absent where the device was not known). `strict` and `source` say how a
-    loaded plan is applied."""
+    options), prepare (implementation -> the function that makes its prepared arguments) and tiles (implementation ->
+    the device, each tile that is tuned for it, by num_tokens, and the first and last numbers of tokens that these
+    serve; absent where the device was not known). `strict` and `source` say how a loaded plan is applied."""
 
     device: str
     versions: dict[str, str]
@@ -162,7 +162,8 @@ class Plan:
 
 def _is_call(call: object) -> bool:
     """Whether a loaded `call` has the form that `frozen_call` gives it."""
-    return (isinstance(call, dict) and set(call) - {"options", "prepare", "tiles"} == {"op", "model", "traits", "table", "sources"}
+    return (isinstance(call, dict)
+            and set(call) - {"options", "prepare", "tiles"} == {"op", "model", "traits", "table", "sources"}
             and isinstance(call["op"], str) and isinstance(call["model"], (str, type(None)))
             and isinstance(call["traits"], dict) and isinstance(call["sources"], dict)
             and isinstance(call["table"], list) and bool(call["table"])

@@ -79,8 +79,9 @@ def prepare(op: "Op", names: Iterable[str], request: Request, subject: object, k
     implementation = choose(op, names, request)
     if implementation is None:
         if keywords:
-            raise UnknownNameError(f"{next(iter(keywords))!r} is no trait of {op.name}, and {', '.join(names)} takes no "
-                                   "preparation that could name it", hint=suggestion(next(iter(keywords)), op.space.all))
+            first = next(iter(keywords))
+            raise UnknownNameError(f"{first!r} is no trait of {op.name}, and {', '.join(names)} takes no preparation that "
+                                   "could name it", hint=suggestion(first, op.space.all))
         return subject
     refuse_capture(request)
     function, traits, own = _function(implementation, request)
@@ -174,11 +175,11 @@ def _function(implementation: "Implementation", request: Request) -> tuple[Calla
     try:
         first, *parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError) as error:
-        raise TargetError(f"{implementation.prepare} is no function of what is to be prepared", where=implementation.where,
-                          hint="def prepare(subject, *, trait, ...)") from error
+        raise TargetError(f"{implementation.prepare} is no function of what is to be prepared",
+                          where=implementation.where, hint="def prepare(subject, *, trait, ...)") from error
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        raise TargetError(f"{implementation.prepare} takes `**{parameters[-1].name}`, so that nothing says which traits "
-                          "it prepares for", where=implementation.where, hint="name each trait as a keyword")
+        raise TargetError(f"{implementation.prepare} takes `**{parameters[-1].name}`, so that nothing says which "
+                          "traits it prepares for", where=implementation.where, hint="name each trait as a keyword")
     named = {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
     known = {*request.traits, *request.open}
     return function, {name: value for name, value in static.items() if name in named}, named - known

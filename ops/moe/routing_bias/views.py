@@ -65,8 +65,8 @@ def _name(view, found, places) -> str:
             names.append((0, f"{places[id(holder)]}{key}"))
         elif isinstance(holder, dict):
             names += [(1, f"{path}[{key!r}]") for path in _paths(holder, places)] or [(2, f"{key!r} in a dict")]
-            names += [(1, f"{getattr(owner, '__name__', type(owner).__name__)}.{key}") for owner in gc.get_referrers(holder)
-                      if getattr(owner, "__dict__", None) is holder]
+            owners = (o for o in gc.get_referrers(holder) if getattr(o, "__dict__", None) is holder)
+            names += [(1, f"{getattr(owner, '__name__', type(owner).__name__)}.{key}") for owner in owners]
         else:
             names.append((1, f"{type(holder).__name__}.{key}"))
     best = min((name for name in names if name[1]), default=(3, f"a tensor {list(view.shape)} {view.dtype}"))
