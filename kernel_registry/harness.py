@@ -52,8 +52,8 @@ class Harness:
 
     def call(self, kernel: Callable, traits: Mapping[str, object], tokens: int, seed: int, flavour: str, device: str,
              arguments: Mapping[str, object] | None = None) -> tuple:
-        """One call on fresh inputs, as (args, kwargs, outputs). What the kernel takes prepared is made of a second set of
-        the same inputs: a preparation may change what it is given, and the judge sees what that was."""
+        """One call on fresh inputs, as (args, kwargs, outputs). What the kernel takes prepared is made of a second set
+        of the same inputs: a preparation may change what it is given, and the judge sees what that was."""
         def fresh():
             args, kwargs = self.inputs(dict(traits), tokens, seed=seed, device=device, flavour=flavour)
             return args, {**kwargs, **(arguments or {})}

@@ -80,8 +80,8 @@ def prepare(op: "Op", names: Iterable[str], request: Request, subject: object, k
     if implementation is None:
         if keywords:
             first = next(iter(keywords))
-            raise UnknownNameError(f"{first!r} is no trait of {op.name}, and {', '.join(names)} takes no preparation that "
-                                   "could name it", hint=suggestion(first, op.space.all))
+            raise UnknownNameError(f"{first!r} is no trait of {op.name}, and {', '.join(names)} takes no preparation "
+                                   "that could name it", hint=suggestion(first, op.space.all))
         return subject
     refuse_capture(request)
     function, traits, own = _function(implementation, request)

@@ -30,8 +30,12 @@ def views(parameters, root) -> list[str]:
 def _sharing(parameters) -> list[tuple[torch.Tensor, str]]:
     storages = {_storage(parameter): name for name, parameter in parameters.items()}
     own = {id(parameter) for parameter in parameters.values()}
-    return [(item, storages[_storage(item)]) for item in gc.get_objects()
-            if issubclass(type(item), torch.Tensor) and id(item) not in own and _storage(item) in storages]
+    everything = gc.get_objects()
+    kinds = {kind for kind in {*map(type, everything)} if issubclass(kind, torch.Tensor)}  # asked once of each type:
+    tensors = [item for item in everything if type(item) in kinds]  # there may be millions of objects
+    del everything
+    return [(item, storages[_storage(item)]) for item in tensors
+            if id(item) not in own and _storage(item) in storages]
 
 
 def _storage(tensor) -> int | None:
