@@ -24,7 +24,7 @@ from kernel_registry.plan import Plan
 from kernel_registry.preparation import preparation_of
 
 CONTRACT = '''
-from kernel_registry.contract import Contract
+from kernel_registry.contract import Contract, Workload
 from kernel_registry.traits.trait import Trait
 
 
@@ -39,6 +39,10 @@ class Scale(Contract):
     )
     dynamic = {"num_tokens": lambda x: x}
     prepared = ("weight", "bias")
+
+    @staticmethod
+    def workloads(config):
+        return [Workload("scale", {"size": 5}, {})]
 
     @staticmethod
     def signature(x, weight, *, bias=None):
@@ -259,6 +263,17 @@ def test_explain_says_what_is_needed(folding):
     candidates = json.loads(registry.explain(folding.OP, size=5).json())["cases"][0]["candidates"]
     assert [c["prepare"] for c in candidates] == [f"{folding.functions}:fold", ""]
     assert needed not in registry.explain(folding.OP, size=5, implementation="slow").text()
+
+
+def test_a_models_plan_says_it(folding):
+    from kernel_registry.planning import plan_model
+
+    registry = folding.make()
+    row, = plan_model(registry, {"model_type": "toy"})
+    assert row.implementation == "fast" and row.why.endswith("; prepared at load")
+    with registry.disable(folding.OP, "fast"):
+        row, = plan_model(registry, {"model_type": "toy"})
+    assert row.implementation == "slow" and "prepared" not in row.why
 
 
 def test_a_plan_says_it_and_notices_another(folding, tmp_path):

@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernel_registry import Registry, moe_router
+from kernel_registry.bench import bench
 from kernel_registry.errors import (
     CaptureError,
     NoImplementationError,
@@ -16,6 +17,7 @@ from kernel_registry.errors import (
     PreparationError,
     TraitError,
 )
+from kernel_registry.ops.moe.routing_bias import oracle
 from kernel_registry.preparation import preparation_of
 from kernel_registry.verify import verify
 
@@ -420,7 +422,8 @@ def test_a_parameter_on_the_meta_device(registry):
 def test_another_parameter_in_its_place_has_to_be_prepared(registry, checkpoint):
     layer, take = Layer(exact()), registry.bind(OP, **TO_BF16)
     registry.prepare(OP, layer, **TO_BF16)
-    layer.load_state_dict({k: v.bfloat16() for k, v in checkpoint(exact())().items()}, strict=False, assign=True)
+    layer.load_state_dict(checkpoint(band())(), strict=False, assign=True)
+    assert untouched(layer, band())
     with pytest.raises(PreparationError, match="correction_bias is not prepared"):
         take(layer.gate.e_score_correction_bias)
 
@@ -524,3 +527,19 @@ def test_what_no_router_serves_is_told_for_the_bias_as_it_is(narrow):
 def test_it_verifies(registry):
     report = verify(registry, ops=[OP], budget=24)
     assert report.ok and {row.outcome for row in report.rows} == {"passed"}
+
+
+def test_it_is_benchmarked(registry):
+    row, = bench(registry, ops=[OP], workloads=["deepseek-v3-bf16"], tokens=[1], seconds=0.01)
+    assert row.implementation == "in_place" and row.chosen and row.microseconds and not row.error
+
+
+@pytest.mark.parametrize("wrong", [
+    lambda bias: bias, lambda bias: bias.to(torch.float16), lambda bias: bias.bfloat16()[None],
+    lambda bias: (bias + 1 / 64).bfloat16(), lambda bias: torch.where(bias == 0, -0.0, bias).bfloat16()])
+def test_the_judge_sees_what_is_wrong(wrong):
+    traits = dict(TO_BF16)
+    values = exact()
+    values[5] = 0.0
+    assert oracle.check(traits, (values,), {}, values.bfloat16()).passed
+    assert not oracle.check(traits, (values,), {}, wrong(values)).passed

@@ -153,7 +153,9 @@ def _guard(root: torch.nn.Module, path: str, narrow: bool) -> None:
     (guarded.discard if narrow else guarded.add)(short)
 
 
-def _refuse_rounded_load(module, state_dict, prefix, *_):
+def _refuse_rounded_load(module, state_dict, prefix, local_metadata, *_):
+    if local_metadata.get("assign_to_params_buffers"):
+        return  # what is loaded takes the parameter's place, and is not rounded; it has no tag, which kernels see
     for name in vars(module).get(_GUARDED, ()):
         given, bias = state_dict.get(prefix + name), getattr(module, name, None)
         if isinstance(given, torch.Tensor) and given.is_floating_point() and isinstance(bias, torch.Tensor):
