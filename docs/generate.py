@@ -206,7 +206,10 @@ variants have no `.`. A target is a factory: it is called once per binding with 
 keyword parameters (all of them, if it has `**`) and with the `options` of the entry, and returns the kernel. It has to
 name every option, `**` is not enough, and an option may not have the name of a trait. With `tiles` it is also given a
 keyword of that name, which it has to name too ([tiles.md](tiles.md)). A target is imported when it is first bound, not
-before.
+before. With `prepare` the kernel takes the arguments that the contract names in `prepared` only as that function made
+them: `def function(subject, *, TRAITS, OWN)`, called by `registry.prepare` with what its caller has, the traits that it
+names (`**` is refused: the tag has these), and the caller's keywords that are no traits. It returns tensors or modules,
+or a tuple, list or mapping of them, or a `kernel_registry.contract.Prepared` with a report.
 
 ### variants
 

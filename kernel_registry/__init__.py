@@ -20,9 +20,10 @@ if not (_package / "ops").is_dir() and (_package.parent / "registry.yaml").is_fi
 from . import errors  # noqa: E402
 from .layer import moe_layer  # noqa: E402
 from .registry import Registry, registry  # noqa: E402
+from .router import moe_router  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["Registry", "errors", "moe_layer", "registry", "shipped_registry", "__version__"]
+__all__ = ["Registry", "errors", "moe_layer", "moe_router", "registry", "shipped_registry", "__version__"]
 
 
 def shipped_registry() -> _Path:

@@ -18,6 +18,7 @@ from typing import Callable, Container, Iterable, Mapping, Sequence
 from .catalog import Implementation, Op
 from .errors import RegistryError, UnknownNameError, suggestion
 from .harness import Harness, call_traits, device_of, harness, home, told
+from .preparation import prepared_call
 from .registry import Registry
 from .traits.platform import Platform
 from .verify import select
@@ -115,8 +116,11 @@ class _Bench:
         return rows
 
     def _call(self, implementation: Implementation, given, request, tokens: int) -> list[Callable[[], object]]:
-        kernel = self.registry.dispatch(self.op.name, implementation=implementation.name, **given).raw
-        return on_each(kernel, rotation(self.tools, request.traits, tokens, device_of(self.here)))
+        kernel = self.registry.dispatch(self.op.name, implementation=implementation.name, **given)
+        calls = rotation(self.tools, request.traits, tokens, device_of(self.here))
+        if implementation.prepare:
+            calls = [prepared_call(self.op, kernel.table.winners(), kernel.request, *call) for call in calls]
+        return on_each(kernel.raw, calls)
 
 
 def rotation(tools: Harness, traits: Mapping[str, object], tokens: int, device: str) -> list[tuple]:

@@ -13,7 +13,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Callable, Mapping
 
-from . import aliasing, targets
+from . import aliasing, preparation, targets
 from .catalog import Implementation, Op
 from .contract import Contract, Request
 from .errors import TargetError, suggestion
@@ -112,8 +112,8 @@ def make_kernel(implementation: Implementation, request: Request,
     tiles: the one place where a kernel comes to be. An option has to be named too: `**` would swallow one that nothing
     reads.
 
-    Where the call brings `out`, what is returned is the kernel behind aliasing.py's decision, for which it takes the
-    op's `contract`."""
+    Where the call brings `out`, what is returned is the kernel behind aliasing.py's decision, and where it takes
+    prepared arguments, behind preparation.py's look at them; for both it takes the op's `contract`."""
     options = {**implementation.options, **({"tiles": tiles} if implementation.tiles else {})}
     factory = targets.load(implementation.target, implementation.where)
     static = {name: value for name, value in request.traits.items() if name not in request.open}
@@ -141,4 +141,6 @@ def make_kernel(implementation: Implementation, request: Request,
     if not callable(kernel):
         raise TargetError(f"{implementation.target} returned {type(kernel).__name__}, not a kernel to call",
                           where=implementation.where, hint="a target takes the traits and returns a function")
+    if implementation.prepare and contract is not None:
+        kernel = preparation.checking(kernel, implementation, request, contract)
     return aliasing.delivering(kernel, contract, accepts=accepts) if brings_out else kernel

@@ -35,6 +35,7 @@ class Implementation:
     options: Mapping[str, object] = field(default_factory=dict)
     accepts_output_alias: bool = False
     tiles: str = ""  # the module that has `default` and `candidates`, where the target takes tiles
+    prepare: str = ""  # the function that makes its prepared arguments, where it takes such
     variant_of: str = ""  # the name of the implementation under whose `variants` it stands
 
     @property
@@ -133,11 +134,17 @@ def _read(document: Document, op: str, entry: OpEntry, space: TraitSpace) -> Ite
         box = read_box(space, item.when, closed=True,
                        where=lambda key: document.where((*path, "when", *key) if key else path))
         whole = Implementation(op, name, item.target, box, document.where(path), item.summary, item.rank, item.fallback,
-                               item.numerics, item.options, item.accepts_output_alias, item.tiles or "")
+                               item.numerics, item.options, item.accepts_output_alias, item.tiles or "",
+                               item.prepare or "")
         if whole.accepts_output_alias and aliasing.TRAIT not in space.traits:
             raise DocumentError(f"{name} accepts an output that {op} never gets: its contract has no trait "
                                 f"{aliasing.TRAIT}", where=document.where((*path, "accepts_output_alias")),
                                 hint="drop the line")
+        if whole.prepare and not space.contract.prepared:
+            raise DocumentError(f"{name} declares a preparation, but no argument of {op} is one: "
+                                f"{space.contract.__name__}.prepared is empty",
+                                where=document.where((*path, "prepare")),
+                                hint="name the arguments there, or drop the line")
         yield whole
         for short, variant in item.variants.items():
             yield _variant(document, (*path, "variants", short), whole, variant, space)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Callable, ClassVar, Mapping, Sequence
+from typing import Callable, ClassVar, Mapping, NamedTuple, Sequence
 
 from .errors import TraitError, UnknownNameError, suggestion
 from .expressions import Expression, ExpressionError
 from .predicates import ValueSet, value_set
 from .traits.trait import REQUIRED, Trait, written
 
+CAPTURED = "_kernel_registry_captured"  # attribute of a tensor that a captured graph reads: its storage has to stay
 OUTPUT_ALIAS = "output_alias"  # the trait that says whether a call brings `out`
 
 
@@ -30,6 +31,13 @@ class Workload:
     notes: tuple[str, ...] = ()
 
 
+class Prepared(NamedTuple):
+    """What a preparation may return: what it made, and what it tells of it."""
+
+    value: object
+    report: object = None
+
+
 class Contract:
     """Base of an op's contract. Subclasses fill the class attributes and override the static methods they support."""
 
@@ -41,6 +49,7 @@ class Contract:
     schema_out: ClassVar[str] = ""  # that of its form that begins with `Tensor(a!) out` and returns nothing
     oracle: ClassVar[str] = ""  # "module:function": check(traits, args, kwargs, outputs) -> Verdict
     cases: ClassVar[str] = ""  # "module": inputs(), FLAVOURS and named workloads
+    prepared: ClassVar[Sequence[str]] = ()  # arguments that an implementation which declares `prepare` takes tagged
     # Of an op with the trait output_alias, whose kernels take a keyword `out`:
     read_until_end: ClassVar[Sequence[str]] = ()  # tensors that a kernel may read when it has begun to write `out`
     in_place: ClassVar[Sequence[str]] = ()  # those of them that may be `out` itself: no element is read once written
@@ -112,6 +121,10 @@ class TraitSpace:
             if name not in self.dynamic:
                 raise TraitError(f"{contract.__name__}.dynamic reads {name!r}, which is no dynamic trait", where=op)
         self._check_output()
+        missing = {*contract.prepared} - {*inspect.signature(contract.signature).parameters}
+        if missing:
+            raise TraitError(f"{contract.__name__}.prepared names {', '.join(sorted(missing))}, which the signature "
+                             "does not have", where=op)
 
     def _check_output(self):
         """An op either has all that belongs to a given `out`, or none of it."""

@@ -58,6 +58,10 @@ class InputError(RegistryError, ValueError):
     """Tensors that contradict the traits a kernel was dispatched for: rank, shape, dtype, device, presence."""
 
 
+class PreparationError(RegistryError, ValueError):
+    """What a kernel takes prepared is not, or is prepared for another; or a preparation that would do harm."""
+
+
 def suggestion(name: object, known: Iterable[object]) -> str:
     """A hint for a misspelt `name`: the closest of `known`, or all of them when nothing is close."""
     from difflib import get_close_matches

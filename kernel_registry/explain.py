@@ -24,7 +24,8 @@ from .tiles import Tuned
 class Candidate:
     """One implementation's part in the story: `failures` are all the reasons, `denied` the rule that disables it,
     `options` what its target is given beside the traits, `lasting` those failures that no open trait can mend,
-    `variant_of` the implementation whose variant it is, `output` what it does with an `out` that the call brings."""
+    `variant_of` the implementation whose variant it is, `output` what it does with an `out` that the call brings,
+    `prepare` the function that makes the arguments that it takes prepared."""
 
     name: str
     where: str
@@ -34,6 +35,7 @@ class Candidate:
     lasting: tuple[str, ...] = ()
     variant_of: str = ""
     output: str = ""
+    prepare: str = ""
 
     @property
     def serves(self) -> bool:
@@ -101,7 +103,8 @@ class Explanation:
             "conditions": list(case.conditions), "winner": case.winner, "decided_by": case.decided_by,
             "error": case.error, "tiles": case.tiles,
             "candidates": [{"name": c.name, "where": c.where, "serves": c.serves, "failures": list(c.failures),
-                            "denied": c.denied, "options": c.options, "variant_of": c.variant_of, "output": c.output}
+                            "denied": c.denied, "options": c.options, "variant_of": c.variant_of, "output": c.output,
+                            "prepare": c.prepare}
                            for c in case.candidates],
             "near_misses": [c.name for c in case.near_misses],
             "overrides": [{"rule": str(rule), "where": rule.where, "layer": rule.layer, "outcome": outcome}
@@ -174,7 +177,7 @@ def _candidate(implementation: Implementation, left_open: Sequence[str], conditi
     if traits.get(aliasing.TRAIT, False):
         output = aliasing.WRITES if implementation.accepts_output_alias else aliasing.COPIES
     return Candidate(implementation.name, implementation.where, failures, denied, implementation.options, lasting,
-                     implementation.variant_of, output)
+                     implementation.variant_of, output, implementation.prepare)
 
 
 def _told(reasons: Sequence[str], near: bool) -> str:
@@ -201,7 +204,8 @@ def _case_rows(case: Case, told: Container[str]) -> tuple[list[str], list[tuple[
     rows = []
     for c in case.candidates:
         if c.name == case.winner:
-            rows.append(("*", c.name, "chosen" + (c.output and f", {c.output}")))
+            prepared = c.prepare and f", takes what registry.prepare makes with {c.prepare}"
+            rows.append(("*", c.name, "chosen" + (c.output and f", {c.output}") + prepared))
         elif c.serves:
             rows.append((" ", c.name, f"could serve, but {_why_not(case, c)}" + (c.output and f"; {c.output}")))
         elif c.name in labels and c.name not in folded:

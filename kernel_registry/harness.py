@@ -20,8 +20,10 @@ from dataclasses import dataclass
 from typing import Callable, Mapping
 
 from . import targets
+from .bound import BoundKernel
 from .catalog import Implementation, Op
 from .errors import RegistryError, TargetError
+from .preparation import prepared_call
 from .traits.platform import Platform
 
 
@@ -50,10 +52,17 @@ class Harness:
 
     def call(self, kernel: Callable, traits: Mapping[str, object], tokens: int, seed: int, flavour: str, device: str,
              arguments: Mapping[str, object] | None = None) -> tuple:
-        """One call on fresh inputs, as (args, kwargs, outputs)."""
-        with quiet():
+        """One call on fresh inputs, as (args, kwargs, outputs). What the kernel takes prepared is made of a second set
+        of the same inputs: a preparation may change what it is given, and the judge sees what that was."""
+        def fresh():
             args, kwargs = self.inputs(dict(traits), tokens, seed=seed, device=device, flavour=flavour)
-            kwargs = {**kwargs, **(arguments or {})}
+            return args, {**kwargs, **(arguments or {})}
+
+        with quiet():
+            args, kwargs = fresh()
+            if self.op.contract.prepared and isinstance(kernel, BoundKernel):
+                given = prepared_call(self.op, kernel.table.winners(), kernel.request, *fresh())
+                return args, kwargs, kernel(*given[0], **given[1])
             return args, kwargs, kernel(*args, **kwargs)
 
 

@@ -65,6 +65,9 @@ def _lint_op(op: Op, source: str) -> Iterator[Finding]:
         if whole is None and implementation.tiles and targets.source_file(f"{implementation.tiles}:default") is None:
             yield Finding("warning", implementation.where, f"{implementation.name}: the module of its tiles, "
                           f"{implementation.tiles!r}, is not installed here")
+        if whole is None and implementation.prepare and targets.source_file(implementation.prepare) is None:
+            yield Finding("warning", implementation.where, f"{implementation.name}: the module of its preparation, "
+                          f"{implementation.prepare!r}, is not installed here")
         if whole is None or whole.box.sets.get("platform") is not implementation.box.sets.get("platform"):
             yield from _unknown_architectures(implementation)
         try:

@@ -35,9 +35,9 @@ _PACKAGES = ("kernel-registry", "torch", "triton")
 class Plan:
     """Choices for `calls`, each a dict: op, model (scope or null), traits, table (list of {when, implementation,
     decided_by}), sources (implementation -> hash) and, where some of them have any, options (implementation -> its
-    options) and tiles (implementation -> the device, each tile that is tuned for it, by num_tokens, and the first and
-    last numbers of tokens that these serve; absent where the device was not known). `strict` and `source` say how a
-    loaded plan is applied."""
+    options), prepare (implementation -> the function that makes its prepared arguments) and tiles (implementation ->
+    the device, each tile that is tuned for it, by num_tokens, and the first and last numbers of tokens that these
+    serve; absent where the device was not known). `strict` and `source` say how a loaded plan is applied."""
 
     device: str
     versions: dict[str, str]
@@ -102,6 +102,9 @@ class Plan:
                 lines += [f"~ {title}: tiles of {name}: {told}" for told in apart]
                 if a["sources"][name] != b["sources"][name] and not apart:  # tiles are a part of the source
                     lines.append(f"~ {title}: the source of {name} changed")
+                had, has = (call.get("prepare", {}).get(name, "absent") for call in (a, b))
+                if had != has:
+                    lines.append(f"~ {title}: the preparation of {name}: {had} -> {has}")
                 had, has = (_json(call.get("options", {}).get(name, {})) for call in (a, b))
                 for option in sorted({*had, *has}):
                     if had.get(option) != has.get(option):
@@ -130,6 +133,8 @@ class Plan:
                     yield f"{found.name} can't serve {request} any more"
             for name, source in call["sources"].items():
                 found = op.implementation(name)
+                if found.prepare != call.get("prepare", {}).get(name, ""):
+                    yield f"{op.name}: the preparation of {name} changed since the plan was frozen"
                 tiles = call.get("tiles", {}).get(name)
                 if tiles and _tiles(tuned.tiling(op, found, request.traits, device=tiles["device"])) != tiles:
                     yield f"{op.name}: the tiles of {name} for {tiles['device']} changed since the plan was frozen"
@@ -157,7 +162,8 @@ class Plan:
 
 def _is_call(call: object) -> bool:
     """Whether a loaded `call` has the form that `frozen_call` gives it."""
-    return (isinstance(call, dict) and set(call) - {"options", "tiles"} == {"op", "model", "traits", "table", "sources"}
+    return (isinstance(call, dict)
+            and set(call) - {"options", "prepare", "tiles"} == {"op", "model", "traits", "table", "sources"}
             and isinstance(call["op"], str) and isinstance(call["model"], (str, type(None)))
             and isinstance(call["traits"], dict) and isinstance(call["sources"], dict)
             and isinstance(call["table"], list) and bool(call["table"])
@@ -167,6 +173,9 @@ def _is_call(call: object) -> bool:
             and isinstance(call.get("options", {}), dict)
             and all(name in call["sources"] and isinstance(options, dict)
                     for name, options in call.get("options", {}).items())
+            and isinstance(call.get("prepare", {}), dict)
+            and all(name in call["sources"] and isinstance(function, str)
+                    for name, function in call.get("prepare", {}).items())
             and isinstance(call.get("tiles", {}), dict)
             and all(name in call["sources"] and isinstance(tiles, dict)
                     and set(tiles) == {"device", "num_tokens", "serves"} and isinstance(tiles["device"], str)
@@ -210,10 +219,12 @@ def frozen_call(op: Op, request: Request, table: Table, tilings: Mapping[str, Ti
     """One of a plan's `calls`: what `table` decides for `request`, with the tiles that are tuned for it."""
     winners = [op.by_name[name] for name in table.winners()]
     options = {winner.name: dict(winner.options) for winner in winners if winner.options}
+    prepare = {winner.name: winner.prepare for winner in winners if winner.prepare}
     tiles = {name: _tiles(tiling) for name, tiling in tilings.items() if tiling.device}
     return {"op": op.name, "model": model, "traits": _plain(request, op), "table": _rows(table),
             "sources": {winner.name: _source(winner, tiles.get(winner.name)) for winner in winners},
-            **({"options": options} if options else {}), **({"tiles": tiles} if tiles else {})}
+            **({"options": options} if options else {}), **({"prepare": prepare} if prepare else {}),
+            **({"tiles": tiles} if tiles else {})}
 
 
 def _tiles(tiling: Tiling) -> dict:
@@ -225,6 +236,7 @@ def _tiles(tiling: Tiling) -> dict:
 def _source(implementation: Implementation, tiles: dict | None) -> str:
     """The hash of all that says what an implementation runs: its code, that of its tiles, and what is tuned."""
     more = [f"{implementation.tiles}:default"] if implementation.tiles else []
+    more += [implementation.prepare] if implementation.prepare else []
     tuned = tiles["num_tokens"] if tiles else {}
     return targets.source_hash(implementation.target, *more, data=json.dumps(tuned, sort_keys=True) if tuned else "")
 

@@ -95,7 +95,7 @@ def _row(registry: Registry, op: Op, workload: Workload, platform: Platform) -> 
     explanation = registry.explain(op.name, **{**workload.traits, **_platform_traits(op, platform)})
     winners = [op.by_name[name] for case in explanation.cases if (name := case.winner) is not None]
     fast = bool(winners) and not any(w.fallback for w in winners) and explanation.winner is not None
-    reasons = tuple(_why(op, case, explanation.traits) for case in explanation.cases)
+    reasons = tuple(_why(op, case, explanation.traits) + _at_load(op, case) for case in explanation.cases)
     return PlanRow(op.name, workload, workload.layers, str(platform), explanation.winner, fast, reasons, explanation)
 
 
@@ -111,6 +111,10 @@ def _why(op: Op, case: Case, traits: Mapping[str, object]) -> str:
         return f"override: {deciding}"
     winner = op.by_name[case.winner]
     return _no_fast_kernel(op, case) if winner.fallback else _matched(op, winner, traits)
+
+
+def _at_load(op: Op, case: Case) -> str:
+    return "; prepared at load" if case.winner is not None and op.by_name[case.winner].prepare else ""
 
 
 def _no_fast_kernel(op: Op, case: Case) -> str:

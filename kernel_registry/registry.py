@@ -81,6 +81,19 @@ class Registry:
             raise TraitError(f"bind leaves {', '.join(given)} to the call", where=op, hint="drop it, or use dispatch")
         return self.dispatch(op, implementation=implementation, **static_traits)
 
+    def prepare(self, op: str, subject: object, /, *, implementation: str | None = None, **traits):
+        """`subject` (a module, a tensor, a mapping: what the op says) as the implementation that `dispatch` chooses for
+        these traits takes it: made once, at load, and tagged. Keywords that are no traits go to the preparation.
+
+        Returned as it is where the implementation declares no preparation. Kernels raise PreparationError for what has
+        no tag, or that of another preparation."""
+        from . import preparation
+
+        owner = self.catalog.op(op)
+        own = {name: traits.pop(name) for name in [*traits] if name not in owner.space.all}
+        kernel = self.dispatch(op, implementation=implementation, **traits)
+        return preparation.prepare(owner, kernel.table.winners(), kernel.request, subject, own)
+
     def explain(self, op: str, /, *, implementation: str | None = None, **traits) -> "Explanation":
         """The same selection, told: every candidate with every failing predicate, near misses, and what decided."""
         from .explain import explain

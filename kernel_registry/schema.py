@@ -88,6 +88,10 @@ class ImplementationEntry(_Strict):
         None, pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$",
         description="module with `default(traits, num_tokens)` and `candidates(traits, num_tokens)`; the target is "
                     "given a keyword `tiles`, a function of num_tokens")
+    prepare: Optional[str] = Field(
+        None, pattern=_TARGET,
+        description="module:function that makes, once at load, the arguments that the contract calls prepared; the "
+                    "kernel refuses others")
     variants: dict[Plain, VariantEntry] = Field(
         default_factory=dict, description="the same kernel with other options for a part of these calls, each an "
                                           "implementation called NAME.VARIANT")

@@ -63,6 +63,7 @@ EFFECTS = {
     "fallback": ({"when": {}, "fallback": True}, lambda r, op: r.catalog.op(op).by_name["a"].precedence),
     "numerics": ({"numerics": "bits"}, lambda r, op: r.catalog.op(op).by_name["a"].numerics),
     "accepts_output_alias": ({"accepts_output_alias": True}, lambda r, op: r.catalog),  # see also test_aliasing
+    "prepare": ({"prepare": "some.module:f"}, lambda r, op: r.catalog),  # see also test_prepare
     "tiles": ({"tiles": "some.module"}, lambda r, op: r.dispatch(op, size=8).name),
     "variants": ({"variants": {"many": {"when": {"num_tokens": {"min": 9}}}}}, lambda r, op: r.bind(op, size=8).name),
 }

@@ -43,7 +43,7 @@ def example(tmp_path):
 
 
 def test_every_script_is_tested():
-    tested = {"quickstart", "override_and_reload", "freeze_and_compare", "torch_op", "moe_layer"}
+    tested = {"quickstart", "override_and_reload", "freeze_and_compare", "torch_op", "moe_layer", "routing_bias"}
     assert {p.stem for p in EXAMPLES.glob("*.py")} == tested
 
 
@@ -91,3 +91,11 @@ def test_moe_layer(example):
     assert lines[0] == "published: 256 experts, weights fp8_block" and "where the result goes" in lines
     assert lines[-2] == "ran: moe.topk, moe.experts, moe.finalize"
     assert lines[-1].startswith("the same result in a slice")
+
+
+def test_routing_bias(example):
+    lines = example("routing_bias").splitlines()
+    assert lines[0] == "e_score_correction_bias: float32 to bfloat16"
+    assert lines[1] == "refused: correction_bias is not prepared"
+    assert re.fullmatch(r"refused: .* which changes values: of 25\d distinct ones \d+ would be left", lines[2])
+    assert lines[3:] == ["routed as it is: bfloat16 logits, float32 bias", "(4, 8) experts chosen"]

@@ -1,0 +1,44 @@
+"""A router and the correction bias that it reads: bound and prepared together, once, at load.
+
+    route = moe_router(gate.e_score_correction_bias, num_experts=256, topk=8, dtype="bfloat16")
+    topk_weights, topk_ids = route(router_logits, gate.e_score_correction_bias)
+
+The bias stays as the checkpoint has it wherever a router takes it so. Only where none does (an override, or a platform
+whose kernels take one dtype) is it given a dtype that the chosen router takes, by `moe.routing_bias`, which refuses to
+change a value.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .registry import Registry, registry as shipped
+
+if TYPE_CHECKING:
+    from .bound import BoundKernel
+
+TOPK, ROUTING_BIAS = "moe.topk", "moe.routing_bias"
+_DTYPES = ("float32", "bfloat16", "float16")  # what a bias can be given, widest first
+
+
+def moe_router(bias, *, registry: Registry = shipped, narrow: bool = False, implementation: str | None = None,
+               **traits) -> "BoundKernel":
+    """The `moe.topk` kernel for these traits, or the `implementation` of it, with `bias` in the dtype that it takes:
+    its own wherever that is served. `narrow` allows that values change. Raises what the dispatch of the bias as it is
+    raises where none of the dtypes is served."""
+    from .errors import TraitError
+    from .selection import REFUSALS
+    from .traits.dtype import dtype_name
+
+    if "bias_dtype" in traits:
+        raise TraitError("bias_dtype follows from the bias and the router", where=TOPK, hint="drop it")
+    own, refusal = dtype_name(bias.dtype), None
+    for dtype in dict.fromkeys((own, *_DTYPES)):
+        try:
+            route = registry.bind(TOPK, implementation=implementation, bias_dtype=dtype, **traits)
+        except REFUSALS as error:
+            refusal = refusal or error
+            continue
+        registry.prepare(ROUTING_BIAS, bias, bias_dtype=dtype, narrow=narrow, **traits)
+        return route
+    raise refusal
