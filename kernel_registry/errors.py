@@ -58,6 +58,10 @@ class InputError(RegistryError, ValueError):
     """Tensors that contradict the traits a kernel was dispatched for: rank, shape, dtype, device, presence."""
 
 
+class CheckpointError(RegistryError, ValueError):
+    """A checkpoint's tensor that can't be what its name says, or tensors that are missing when loading ends."""
+
+
 def suggestion(name: object, known: Iterable[object]) -> str:
     """A hint for a misspelt `name`: the closest of `known`, or all of them when nothing is close."""
     from difflib import get_close_matches

@@ -1,4 +1,4 @@
-"""Inputs of indexer.wk_weights_proj for tests, verify and bench. Drawn on the CPU, so each device sees the same numbers.
+"""Inputs of indexer.wk_weights_proj for tests, verify and bench, drawn on the CPU: the same numbers for each device.
 
 `inputs` makes one call; FLAVOURS names the kinds of values, the first being what a model gives; WORKLOADS the layers of
 published models.

@@ -6,7 +6,7 @@
     k = hidden_states wk^T and head_weights = hidden_states weights_proj^T, summed in float32, cast once to dtype
 
 hidden_states    dtype [tokens, H] or with more leading dimensions; any strides; none of them needs to hold a token
-weight           dtype [D + N, H], contiguous: the rows of wk, then those of weights_proj, as prepared at load (module.py)
+weight           dtype [D + N, H], contiguous: the rows of wk, then those of weights_proj; module.py holds it
 k, head_weights  dtype; views of one result [..., D + N] where the weights are fused: strided, no copy
 
 Where wk_format is nvfp4 nothing is fused, since wk has no exact form in dtype:

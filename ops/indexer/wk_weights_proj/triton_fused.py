@@ -23,12 +23,12 @@ MOST_TOKENS = 128
 
 
 def fused(*, hidden_size, head_dim, num_heads, dtype="bfloat16", wk_format="none", splits=14, tokens_per_program=16,
-          columns_per_program=16, **_):
+          columns_per_program=16, num_warps=4, num_stages=3, **_):
     """A kernel with indexer.wk_weights_proj's signature for these traits, up to 128 tokens.
 
-    splits is a part of what is computed: other pieces, other rounding. tokens_per_program, 16 or 32, and
-    columns_per_program, a power of two from 16 on, change how fast it is and no bit: from 64 tokens on another
-    instruction would multiply.
+    splits is a part of what is computed: other pieces, other rounding. The others change how fast it is and no bit:
+    tokens_per_program, 16 or 32 (from 64 on another instruction would multiply), columns_per_program, a power of two
+    from 16 on, and Triton's own two.
     """
     check = make_checks(hidden_size=hidden_size, head_dim=head_dim, num_heads=num_heads, dtype=dtype,
                         wk_format=wk_format)
@@ -64,7 +64,7 @@ def fused(*, hidden_size, head_dim, num_heads, dtype="bfloat16", wk_format="none
                 partial = torch.empty((splits, tokens, columns), dtype=torch.float32, device=device)
                 fused_kernel[(column_tiles, splits, triton.cdiv(tokens, tokens_per_program))](
                     x, weight, out, partial, arrivals.take(device), tokens, x.stride(0), **constants,
-                    num_warps=4, num_stages=3)
+                    num_warps=num_warps, num_stages=num_stages)
         return out.split(parts, dim=-1)
 
     return kernel
