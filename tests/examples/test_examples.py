@@ -91,3 +91,13 @@ def test_moe_layer(example):
     assert lines[0] == "published: 256 experts, weights fp8_block" and "where the result goes" in lines
     assert lines[-2] == "ran: moe.topk, moe.experts, moe.finalize"
     assert lines[-1].startswith("the same result in a slice")
+
+
+def test_indexer_load(example):
+    pytest.importorskip("safetensors")
+    assert example("indexer_load").splitlines() == [
+        "model.layers.0.self_attn.indexer.wk.weight_scale_inv of FOLDER/model-00001.safetensors has come without its "
+        "weight",
+        "6 tensors taken; the third layer's and k_norm's are left to others",
+        "k [2, 5, 128], weights [2, 5, 64]: two views of one result",
+        "wk in fp8_block: torch_fused", "wk in nvfp4: torch_separate"]
