@@ -43,7 +43,8 @@ def example(tmp_path):
 
 
 def test_every_script_is_tested():
-    tested = {"quickstart", "override_and_reload", "freeze_and_compare", "torch_op", "moe_layer"}
+    tested = {"quickstart", "override_and_reload", "freeze_and_compare", "torch_op", "moe_layer",
+              "indexer_load"}
     assert {p.stem for p in EXAMPLES.glob("*.py")} == tested
 
 
