@@ -62,6 +62,10 @@ class PreparationError(RegistryError, ValueError):
     """What a kernel takes prepared is not, or is prepared for another; or a preparation that would do harm."""
 
 
+class CheckpointError(RegistryError, ValueError):
+    """A checkpoint's tensor that can't be what its name says, or tensors that are missing when loading ends."""
+
+
 def suggestion(name: object, known: Iterable[object]) -> str:
     """A hint for a misspelt `name`: the closest of `known`, or all of them when nothing is close."""
     from difflib import get_close_matches

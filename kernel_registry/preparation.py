@@ -3,7 +3,8 @@
 An implementation that declares `prepare: module:function` takes some of its arguments, those that the contract names in
 `prepared`, only as that function leaves them. The function gets what the caller has (a module, a tensor, a mapping),
 the traits that it names as keywords, and the caller's own keywords; it returns tensors or modules, one or a tuple, list
-or mapping of them, or a `contract.Prepared` with a report beside them. Each is given a tag. A kernel compares the tag
+or mapping of them, or a `contract.Prepared` with a report beside them. Each is given a tag, and so are a module's own
+parameters, which are what its kernel is given. A kernel compares the tag
 with what it was bound for and raises PreparationError where it is another, or none: no kernel prepares in a forward
 pass.
 
@@ -193,7 +194,7 @@ def _places(contract: type[Contract]) -> list[tuple[int | None, str]]:
 
 
 def _leaves(made: object) -> Iterable[object]:
-    """The tensors and modules in what a preparation made."""
+    """The tensors and modules in what a preparation made, and the modules' own parameters."""
     if isinstance(made, Mapping):
         made = list(made.values())
     if isinstance(made, (list, tuple)):
@@ -202,6 +203,8 @@ def _leaves(made: object) -> Iterable[object]:
         return
     if hasattr(made, "__dict__"):
         yield made
+    if hasattr(made, "named_parameters"):
+        yield from (parameter for _, parameter in made.named_parameters(recurse=False))
 
 
 def _form(made: object) -> tuple:

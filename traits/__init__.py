@@ -6,6 +6,7 @@
     moe           the traits of routing, which mixture-of-experts ops share
     experts       the traits of the expert layers
     finalize      the traits of what follows them
+    indexer       the traits of a sparse-attention indexer's projection
     model_config  a model's published config.json, turned into traits by families.yaml
 
 Nothing here imports the engine, an op, torch or triton; yaml is imported when a model config is read.

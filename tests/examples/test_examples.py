@@ -43,7 +43,8 @@ def example(tmp_path):
 
 
 def test_every_script_is_tested():
-    tested = {"quickstart", "override_and_reload", "freeze_and_compare", "torch_op", "moe_layer", "routing_bias"}
+    tested = {"quickstart", "override_and_reload", "freeze_and_compare", "torch_op", "moe_layer", "routing_bias",
+              "indexer_load"}
     assert {p.stem for p in EXAMPLES.glob("*.py")} == tested
 
 
@@ -99,3 +100,13 @@ def test_routing_bias(example):
     assert lines[1] == "refused: correction_bias is not prepared"
     assert re.fullmatch(r"refused: .* which changes values: of 25\d distinct ones \d+ would be left", lines[2])
     assert lines[3:] == ["routed as it is: bfloat16 logits, float32 bias", "(4, 8) experts chosen"]
+
+
+def test_indexer_load(example):
+    pytest.importorskip("safetensors")
+    assert example("indexer_load").splitlines() == [
+        "model.layers.0.self_attn.indexer.wk.weight_scale_inv of FOLDER/model-00001.safetensors has come without its "
+        "weight",
+        "6 tensors taken; the third layer's and k_norm's are left to others",
+        "k [2, 5, 128], weights [2, 5, 64]: two views of one result",
+        "wk in fp8_block: torch_fused", "wk in nvfp4: torch_separate"]

@@ -48,8 +48,9 @@ JITFunction.__getitem__ = lambda self, grid: lambda *given, **named: made.append
     (self.__name__, self.warmup(*given, grid=grid, **named)))
 for module, traits, tokens in calls:
     args, kwargs = cases.inputs(traits, tokens)
-    {"grouped": triton_grouped, "few": triton_few_tokens}[module].experts(
-        **traits, platform=Platform.parse(arch))(*args, **kwargs)
+    options = {"few, matrix unit": dict(matrix_unit=True)}.get(module, {})
+    {"grouped": triton_grouped}.get(module, triton_few_tokens).experts(
+        **traits, **options, platform=Platform.parse(arch))(*args, **kwargs)
     print("RESULT " + json.dumps([[name, kernel.metadata.shared, "launch_dependents" in kernel.asm.get("ptx", "")]
                                   for name, kernel in made]))
     made.clear()
@@ -78,7 +79,8 @@ def test_compiles(arch, python, tmp_path):
 @pytest.mark.parametrize("arch", ("sm_89", "sm_90", "sm_100"))
 def test_few_tokens_on_the_matrix_unit_compile(arch, python, tmp_path):
     odd = dict(activation="swigluoai", has_bias=True, expert_parallel=True, dtype="float16")
-    calls = [("few", layer(8, 8, 256, 1536, "fp8_block"), 1), ("few", layer(4, 3, 264, 600, "fp8_block", **odd), 1)]
+    calls = [("few, matrix unit", layer(8, 8, 256, 1536, "fp8_block"), 1),
+             ("few, matrix unit", layer(4, 3, 264, 600, "fp8_block", **odd), 1)]
     for kernels in compiled(arch, calls, python, tmp_path):
         assert [name for name, *_ in kernels] == ["pair_up_dot", "pair_down_dot"]
 

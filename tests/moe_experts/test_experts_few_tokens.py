@@ -11,13 +11,8 @@ from kernel_registry.ops.moe.experts import cases, triton_few_tokens
 ODD = dict(has_bias=True, activation="swigluoai", expert_parallel=True, dtype="float16")
 
 
-@pytest.fixture(autouse=True)
-def of_any_size(monkeypatch):
-    monkeypatch.setattr(triton_few_tokens, "ELEMENTWISE", 0)
-
-
 def experts(traits):
-    return triton_few_tokens.experts(**traits, platform=registry.platform())
+    return triton_few_tokens.experts(**traits, platform=registry.platform(), matrix_unit=True)
 
 
 @pytest.mark.parametrize("traits", [

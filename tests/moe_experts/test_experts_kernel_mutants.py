@@ -37,7 +37,7 @@ _numbers = itertools.count()
 # ---- calls: name -> (implementation, traits, tokens, flavour, tiles of the grouped kernels, or DOT) ------------------
 
 GROUPED, FEW = "triton_grouped", "triton_few_tokens"
-DOT = ("ELEMENTWISE", 0)  # small experts through few_tokens_dot.py too
+DOT = dict(matrix_unit=True)
 
 
 def ragged(format="none", topk=2, **more) -> dict:
@@ -195,9 +195,8 @@ def failure(module, case: str, monkeypatch) -> str:
     args = tuple(map(rooms.copy, args))
     kwargs = {name: rooms.copy(tensor, gap=16 if name == "out" else 0) for name, tensor in kwargs.items()}
     with monkeypatch.context() as patch:
-        if chosen is DOT:
-            patch.setattr(module, *DOT)
-        kernel = module.experts(**traits, platform=Platform.parse("interpreter"), tiles=lambda tokens: chosen)
+        options = DOT if chosen is DOT else dict(tiles=lambda tokens: chosen)
+        kernel = module.experts(**traits, platform=Platform.parse("interpreter"), **options)
         rooms.watch(patch)
         result = kernel(*args, **kwargs)
     verdict = oracle.check(traits, args, kwargs, result)

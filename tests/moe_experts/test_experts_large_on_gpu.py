@@ -33,6 +33,8 @@ def kernels(traits, tokens: int):
     """(name, a kernel of these traits, the kernel of as many experts as spread_out has), launched alike."""
     here = registry.platform()
     made = {"few tokens": (triton_few_tokens, {})} if tokens == 1 else {}
+    if tokens == 1 and traits["weight_quant"] == "fp8_block":
+        made["few tokens, matrix unit"] = triton_few_tokens, dict(matrix_unit=True)
     for name, platform in (("grouped", here), ("grouped, without descriptors", Platform.parse("sm_80"))):
         chosen = tiles.default({**traits, "platform": platform}, tokens)
         made[name] = triton_grouped, dict(tiles=lambda _, chosen=chosen: chosen)

@@ -23,24 +23,24 @@ KERNELS += [("grouped", name) for name in LAYERS]
 NAN, INF = float("nan"), float("inf")
 
 
-def results(kernel, traits, tokens, poison, device, monkeypatch):
+def results(kernel, traits, tokens, poison, device):
     """What the kernel makes of clean hidden states and of poisoned ones, and the reference of the latter. `poison`:
     (row, column, value)."""
     module = triton_grouped if kernel == "grouped" else triton_few_tokens
-    monkeypatch.setattr(triton_few_tokens, "ELEMENTWISE", 0 if kernel == "few_dot" else 10**6)
+    options = dict(matrix_unit=True) if kernel == "few_dot" else {}
     args, kwargs = cases.inputs(traits, tokens, seed=5, device=device)
     poisoned = args[0].clone()
     for row, column, value in poison:
         poisoned[row, column] = value
-    experts = module.experts(**traits, platform=registry.platform())
+    experts = module.experts(**traits, **options, platform=registry.platform())
     return (experts(*args, **kwargs), experts(poisoned, *args[1:], **kwargs),
             reference.experts(**traits)(poisoned, *args[1:], **kwargs))
 
 
 @pytest.mark.parametrize("kernel, name", KERNELS)
-def test_nan(kernel, name, device, monkeypatch):
+def test_nan(kernel, name, device):
     poison = [(1, 0, NAN), (3, 159, NAN), *((4, column, NAN) for column in range(160))]
-    clean, got, expected = results(kernel, LAYERS[name], 6, poison, device, monkeypatch)
+    clean, got, expected = results(kernel, LAYERS[name], 6, poison, device)
     for row in range(6):
         if row in (1, 3, 4):
             assert got[row].isnan().all() and expected[row].isnan().all()
@@ -49,8 +49,8 @@ def test_nan(kernel, name, device, monkeypatch):
 
 
 @pytest.mark.parametrize("kernel, name", KERNELS)
-def test_infinite(kernel, name, device, monkeypatch):
-    clean, got, expected = results(kernel, LAYERS[name], 4, [(0, 3, INF), (2, 40, -INF)], device, monkeypatch)
+def test_infinite(kernel, name, device):
+    clean, got, expected = results(kernel, LAYERS[name], 4, [(0, 3, INF), (2, 40, -INF)], device)
     assert torch.equal(got.isfinite(), expected.isfinite())
     assert torch.equal(got[1::2], clean[1::2])
     finite = expected.isfinite()  # where a limit, or a given scale's, makes it so

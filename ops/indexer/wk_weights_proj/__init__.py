@@ -1,0 +1,1 @@
+"""indexer.wk_weights_proj: see contract.py."""

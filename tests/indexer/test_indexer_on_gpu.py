@@ -1,0 +1,83 @@
+"""What only a GPU can show: one launch a call, in a graph too, and counters that launches do not share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from indexer_support import layer, same
+
+from kernel_registry import registry
+from kernel_registry.ops.indexer.wk_weights_proj import cases, oracle, reference, torch_fused
+
+pytest.importorskip("triton")
+from kernel_registry.ops.indexer.wk_weights_proj import triton_fused  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DEEPSEEK = layer(7168, 128, 64)
+TILES = dict(columns_per_program=16)
+WIDE = dict(splits=7, block_k=128)
+
+
+def made(**options):
+    return triton_fused.fused(**DEEPSEEK, **options, platform=registry.platform())
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 16, 17, 64, 128])
+@pytest.mark.parametrize("flavour", cases.FLAVOURS)
+def test_a_models_layer(tokens, flavour):
+    args, kwargs = cases.inputs(DEEPSEEK, tokens, device="cuda", flavour=flavour)
+    expected = made()(*args)
+    verdict = oracle.check(DEEPSEEK, args, kwargs, expected)
+    assert verdict.passed, verdict.detail
+    for got, wanted in zip(made(**TILES)(*args), expected):
+        assert same(got, wanted)
+    for kernel in (made(**WIDE), torch_fused.fused(**DEEPSEEK), reference.separate(**DEEPSEEK)):
+        assert oracle.check(DEEPSEEK, args, kwargs, kernel(*args)).passed
+
+
+def test_one_launch():
+    args, _ = cases.inputs(DEEPSEEK, 4, device="cuda")
+    kernel = made()
+    kernel(*args)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        kernel(*args)
+        torch.cuda.synchronize()
+    assert [e.name for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA] == ["fused_kernel"]
+
+
+@pytest.mark.parametrize("spare", [True, False])
+def test_graphs_beside_each_other_and_beside_calls(spare):
+    """Two graphs and plain calls on three streams at once, a thousand times: the same bits each time. Also where the
+    graph must zero its own counters."""
+    kernel = made(**WIDE)
+    calls = [cases.inputs(DEEPSEEK, tokens, seed=tokens, device="cuda")[0] for tokens in (128, 100, 7)]
+    expected = [torch.cat(kernel(*call), -1).clone() for call in calls]
+    graphs, outputs = [], []
+    for call in calls[:2]:
+        if not spare:
+            triton_arrivals = kernel.__closure__[[*kernel.__code__.co_freevars].index("arrivals")].cell_contents
+            triton_arrivals.spare[call[0].device].clear()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs.append(torch.cat([torch.cat(kernel(*call), -1) for _ in range(3)]))
+        graphs.append(graph)
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    for _ in range(1000):
+        for stream, graph in zip(streams, graphs):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        with torch.cuda.stream(streams[2]):
+            plain = torch.cat(kernel(*calls[2]), -1)
+    torch.cuda.synchronize()
+    assert same(plain, expected[2])
+    for got, wanted in zip(outputs, expected):
+        assert same(got, wanted.repeat(3, 1))
+
+
+def test_every_replay_gives_the_same_bits():
+    kernel = made()
+    args, _ = cases.inputs(DEEPSEEK, 128, device="cuda")
+    first = torch.cat(kernel(*args), -1)
+    for _ in range(500):
+        assert torch.equal(torch.cat(kernel(*args), -1), first)
