@@ -86,6 +86,10 @@ def no_subject():
     return 1
 
 
+def late(subject, *, size, num_tokens=0):
+    return subject
+
+
 def fails(subject, *, size):
     raise RuntimeError("out of memory")
 '''
@@ -224,7 +228,8 @@ def test_everything_made_is_tagged_with_the_report(folding):
 
 @pytest.mark.parametrize("name, match", [
     ("nothing", "returned NoneType, nothing that can be tagged"), ("anything", r"takes `\*\*traits`"),
-    ("no_subject", "is no function of what is to be prepared"), ("gone", "has no 'gone'")])
+    ("no_subject", "is no function of what is to be prepared"), ("gone", "has no 'gone'"),
+    ("late", "names num_tokens, which is read off each call")])
 def test_a_function_that_is_no_preparation(folding, name, match):
     with pytest.raises(TargetError, match=match):
         folding.make(prepare=f"{folding.functions}:{name}").prepare(folding.OP, raw(), size=5)
@@ -380,14 +385,18 @@ def test_another_dtype_or_shape_is_no_longer_what_was_prepared(folded):
         kernel(1, module.weight)
 
 
-def test_a_tag_is_not_saved(folded):
+def test_a_tag_is_not_saved(folded, folding, tmp_path):
     import torch
 
-    _, kernel, parameter = folded
-    module = torch.nn.Module()
+    registry, kernel, parameter = folded
+    module = registry.prepare(folding.OP, torch.nn.Module(), size=5)
     module.weight = parameter
-    loaded = pickle.loads(pickle.dumps(module.state_dict()))
-    assert preparation_of(loaded["weight"]) is None
+    torch.save({"parameter": parameter, **module.state_dict()}, tmp_path / "saved.pt")
+    loaded = torch.load(tmp_path / "saved.pt", weights_only=True)  # what an attribute of a tag's class would not pass
+    for made in (*loaded.values(), pickle.loads(pickle.dumps(module)), copy.deepcopy(module)):
+        with pytest.raises(PreparationError, match="weight is not prepared"):
+            kernel(1, made)
+    assert kernel(1, module) is module and kernel(1, parameter) is parameter
 
 
 def test_a_module_is_tagged_too(folded, folding):

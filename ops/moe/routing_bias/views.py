@@ -15,6 +15,17 @@ import torch
 def views(parameters, root) -> list[str]:
     """What else shares storage with any of `parameters` (name -> tensor), each as "NAME is a view of PARAMETER".
     `root` is the module by whose paths those that its modules hold are named, or None."""
+    frozen = gc.get_freeze_count()
+    if frozen:  # as servers do for shorter collections: what was frozen is in no list of the collector
+        gc.unfreeze()
+    try:
+        return _views(parameters, root)
+    finally:
+        if frozen:
+            gc.freeze()
+
+
+def _views(parameters, root) -> list[str]:
     found = _sharing(parameters)
     if found:  # what only a cycle of garbage holds is nobody's
         found.clear()
@@ -24,25 +35,27 @@ def views(parameters, root) -> list[str]:
     for path, module in (root.named_modules() if isinstance(root, torch.nn.Module) else ()):
         prefix = f"{path}." if path else ""
         places |= {id(holder): prefix for holder in (module, vars(module), module._parameters, module._buffers)}
-    return [f"{_name(view, found, places)} is a view of {name}" for view, name in found]
+    return sorted(f"{_name(view, found, places)} is a view of {name}" for view, name in found)
 
 
 def _sharing(parameters) -> list[tuple[torch.Tensor, str]]:
-    storages = {_storage(parameter): name for name, parameter in parameters.items()}
-    own = {id(parameter) for parameter in parameters.values()}
+    owners = {}  # storage -> the parameter that is first to have it: a second one is a view of it like any other
+    for name, parameter in parameters.items():
+        owners.setdefault(_storage(parameter), (parameter, name))
+    owners.pop(None, None)
     everything = gc.get_objects()
     kinds = {kind for kind in {*map(type, everything)} if issubclass(kind, torch.Tensor)}  # asked once of each type:
     tensors = [item for item in everything if type(item) in kinds]  # there may be millions of objects
     del everything
-    return [(item, storages[_storage(item)]) for item in tensors
-            if id(item) not in own and _storage(item) in storages]
+    pairs = ((item, owners.get(_storage(item))) for item in tensors)
+    return [(item, owner[1]) for item, owner in pairs if owner and item is not owner[0]]
 
 
 def _storage(tensor) -> int | None:
     """Which storage a tensor has; also on the meta device, where all addresses are 0. None for one without."""
     try:
         return tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):
+    except Exception:  # sparse ones, lazy ones, and whatever else somebody's subclass raises: they have none to share
         return None
 
 
