@@ -12,6 +12,7 @@ from kernel_registry import Registry, moe_router
 from kernel_registry.bench import bench
 from kernel_registry.errors import (
     CaptureError,
+    InputError,
     NoImplementationError,
     OverrideError,
     PreparationError,
@@ -175,6 +176,15 @@ def test_a_missing_target_is_an_error(registry):
     with pytest.raises(NoImplementationError, match="bias_dtype is int32"):
         registry.prepare(OP, layer, **ROUTER, bias_dtype="int32")
     assert untouched(layer, exact())
+
+
+def test_a_call_without_a_bias_or_with_no_bias_is_an_error(registry):
+    take = registry.bind(OP, **TO_BF16)
+    with pytest.raises(InputError, match=rf"correction_bias is None, expected \[\.\.\., {EXPERTS}\] bfloat16"):
+        take(None)
+    for wrong in (3, torch.zeros(EXPERTS + 1, dtype=torch.bfloat16), exact().bfloat16()):
+        with pytest.raises(PreparationError, match="correction_bias is not prepared"):
+            take(wrong)
 
 
 def test_a_module_without_the_parameter_is_an_error(registry):
@@ -499,6 +509,16 @@ def test_a_router_of_one_dtype_does_not_decide_while_another_takes_the_bias_as_i
     layer = Layer(exact())
     route = moe_router(layer.gate.e_score_correction_bias, registry=narrow, **ROUTER)
     assert route.name == "torch" and untouched(layer, exact())
+    assert preparation_of(layer.gate.e_score_correction_bias) is None
+
+
+@pytest.mark.parametrize("bias", [exact().double(), exact()[::2].repeat_interleave(2)])
+def test_a_bias_that_is_taken_as_it_is_needs_nothing_of_moe_routing_bias(registry, bias):
+    """Nor that its dtype be one that a bias can be given."""
+    with registry.disable(OP, "in_place"):
+        route = moe_router(bias, registry=registry, **ROUTER)
+    assert route.traits["bias_dtype"] == str(bias.dtype).removeprefix("torch.")
+    assert route(torch.randn(5, EXPERTS).bfloat16(), bias)[1].shape == (5, 4)
 
 
 def test_a_router_that_was_asked_for_gets_the_dtype_that_it_declares(narrow):

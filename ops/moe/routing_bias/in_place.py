@@ -42,9 +42,9 @@ class Aligned:
 
 
 def routing_bias(*, num_experts, bias_dtype):
-    """The kernel: gives back what it gets, whose tag the registry has looked at."""
+    """The kernel: gives back what it gets, whose tag, and with it dtype and shape, the registry has looked at."""
     def take(correction_bias):
-        if correction_bias.shape[-1] != num_experts:
+        if correction_bias is None:
             refuse("correction_bias", correction_bias, f"[..., {num_experts}] {bias_dtype}")
         return correction_bias
     return take
