@@ -69,6 +69,10 @@ def fold(subject, *, size, twice=False):
     return SimpleNamespace(value=subject.value * size * (1 + twice))
 
 
+def fold_otherwise(subject, *, size):
+    return SimpleNamespace(value=-subject.value * size)
+
+
 def in_place(subject, *, size, mode):
     subject.value *= size
     return Prepared({"all": [subject, (SimpleNamespace(value=1),)]}, report=f"{mode}, {size}")
@@ -101,13 +105,13 @@ def folding(toy):
     toy.contract = f"{toy.module(CONTRACT)}:Scale"
     toy.kernels, toy.functions = toy.module(KERNELS), toy.module(PREPARE)
 
-    def make(**more):
+    def make(op=toy.OP, **more):
         fast = {"target": f"{toy.kernels}:fast", "prepare": f"{toy.functions}:fold",
                 "when": {"platform": "any", "mode": "any"}, **more}
         slow = {"target": f"{toy.kernels}:slow", "fallback": True, "when": {"platform": "any", "mode": "any"}}
         import yaml
 
-        path = toy.write(yaml.safe_dump({"version": 1, "ops": {toy.OP: {
+        path = toy.write(yaml.safe_dump({"version": 1, "ops": {op: {
             "contract": toy.contract, "implementations": {"fast": fast, "slow": slow}}}}, sort_keys=False))
         return toy.registry(path)
 
@@ -163,9 +167,12 @@ def test_what_is_prepared_for_other_traits_is_refused(folding):
 
 def test_what_is_prepared_for_another_op_or_by_another_function_is_refused(folding):
     made = folding.make().prepare(folding.OP, raw(), size=5)
-    other = folding.make(prepare=f"{folding.functions}:in_place")
+    other = folding.make(prepare=f"{folding.functions}:fold_otherwise")  # of the same traits
     with pytest.raises(PreparationError, match="weight is prepared for"):
         other.bind(folding.OP, size=5)(2, made)
+    elsewhere = folding.make(op="other.scale")  # with the same function
+    with pytest.raises(PreparationError, match=f"is prepared for {folding.OP}'s .*, expected .* for other.scale"):
+        elsewhere.bind("other.scale", size=5)(2, made)
 
 
 def test_a_variant_takes_what_its_implementation_does(folding):
@@ -403,6 +410,12 @@ def test_a_module_is_tagged_too(folded, folding):
     import torch
 
     registry, kernel, _ = folded
-    module = registry.prepare(folding.OP, torch.nn.Linear(2, 2), size=5)
+    module = torch.nn.Linear(2, 2)
+    module.child = torch.nn.Linear(1, 1)
+    assert registry.prepare(folding.OP, module, size=5) is module
     assert kernel(1, module) is module and preparation_of(module).implementation == "fast"
-    assert [*module.state_dict()] == ["weight", "bias"]
+    assert kernel(1, module.weight) is module.weight and kernel(1, module.bias) is module.bias
+    for other in (module.child, module.child.weight):
+        with pytest.raises(PreparationError, match="weight is not prepared"):
+            kernel(1, other)
+    assert [*module.state_dict()] == ["weight", "bias", "child.weight", "child.bias"]
