@@ -21,7 +21,7 @@ from kernel_registry.errors import (
     UnknownNameError,
 )
 from kernel_registry.plan import Plan
-from kernel_registry.preparation import preparation_of
+from kernel_registry.preparation import prepared_call, preparation_of
 
 CONTRACT = '''
 from kernel_registry.contract import Contract, Workload
@@ -202,6 +202,18 @@ def test_nothing_is_done_for_one_that_declares_none(folding):
     assert registry.dispatch(folding.OP, size=5, implementation="slow")(2, subject) == (30, None)
     with pytest.raises(UnknownNameError, match="'twice' is no trait"):
         registry.prepare(folding.OP, subject, size=5, implementation="slow", twice=True)
+
+
+def test_the_arguments_of_a_call_are_prepared_wherever_they_stand(folding):
+    """Which is how verify, run and bench call."""
+    registry = folding.make()
+    for args, kwargs, expected in [((2, raw()), {}, (30, None)), ((2, raw()), {"bias": raw()}, (30, 15)),
+                                   ((2, raw()), {"bias": None}, (30, None)),
+                                   ((2,), {"weight": raw(), "bias": raw(1)}, (30, 5))]:
+        for name, wanted in (("fast", expected), ("slow", (30, expected[1] and kwargs["bias"].value))):
+            kernel = registry.bind(folding.OP, size=5, implementation=name)
+            args_, kwargs_ = prepared_call(registry.catalog.op(folding.OP), [name], kernel.request, args, kwargs)
+            assert kernel(*args_, **kwargs_) == wanted
 
 
 def test_overrides_decide_what_is_prepared(folding):

@@ -133,7 +133,7 @@ def test_a_load_under_another_of_its_names_is_refused_too(registry, alias):
     layer = torch.nn.Module()
     layer.gate, layer.experts = gate(), torch.nn.Module()
     setattr(layer.experts, alias.partition(".")[2], layer.gate.e_score_correction_bias)
-    registry.prepare(OP, layer, **TO_BF16)
+    assert [*registry.prepare(OP, layer, **TO_BF16)] == [f"gate.{NAME}"]
     with pytest.raises(PreparationError, match=f"{alias} would go"):
         layer.load_state_dict({alias: ODD}, strict=False)
     with pytest.raises(PreparationError, match=f"gate.{NAME} would go"):
@@ -152,3 +152,20 @@ def test_what_the_guard_has_no_business_with(registry):
     two.load_state_dict({f"layers.1.{NAME}": ODD}, strict=False)
     with pytest.raises(PreparationError, match=f"layers.1.{NAME} would go"):  # a copy has its own guard
         copied.load_state_dict({f"layers.1.{NAME}": ODD}, strict=False)
+
+
+class Sharded(torch.nn.Parameter):
+    """A parameter class of a serving engine's own, with what its loader needs."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_a_parameter_of_another_class_keeps_it(registry):
+    bias = Sharded(parameter().data, requires_grad=False)
+    bias.weight_loader = loader = object()
+    layer, take = gate(bias), registry.bind(OP, **TO_BF16)
+    registry.prepare(OP, layer, **TO_BF16)
+    assert layer.e_score_correction_bias is bias is take(bias) and type(bias) is Sharded
+    assert bias.weight_loader is loader and bias.dtype == torch.bfloat16

@@ -98,11 +98,11 @@ def _find(subject, name: str, num_experts: int) -> dict[str, torch.Tensor]:
     if isinstance(subject, torch.Tensor):
         found = {"correction_bias": subject}
     elif isinstance(subject, torch.nn.Module):
-        wanted = name.split(".")
-        every = _tensors(subject)
-        once = {id(tensor): path for path, tensor in reversed(every.items())
-                if path.split(".")[-len(wanted):] == wanted}
-        found = {path: every[path] for path in reversed(once.values())}
+        wanted, every, once = name.split("."), _tensors(subject), {}
+        for path, tensor in every.items():
+            if path.split(".")[-len(wanted):] == wanted:
+                once.setdefault(id(tensor), (path, tensor))  # under the first of its names
+        found = dict(once.values())
         if not found:
             near = [path for path in every if "bias" in path.rpartition(".")[2]]
             raise PreparationError(f"{type(subject).__name__} has no parameter and no buffer called {name}",
