@@ -128,6 +128,16 @@ def test_a_load_into_a_part_of_the_model_is_refused_too(registry):
         two.load_state_dict({f"layers.1.{NAME}": ODD}, strict=False)
 
 
+def test_preparing_one_again_leaves_the_guard_of_the_others(registry):
+    two = model()
+    registry.prepare(OP, two, **TO_BF16)
+    registry.prepare(OP, two, **TO_BF16, name=f"0.{NAME}", narrow=True)
+    two.load_state_dict({f"layers.0.{NAME}": ODD}, strict=False)
+    with pytest.raises(PreparationError, match=f"layers.1.{NAME} would go"):
+        two.load_state_dict({f"layers.1.{NAME}": ODD}, strict=False)
+    assert len(two._load_state_dict_pre_hooks) == 1
+
+
 @pytest.mark.parametrize("alias", ["experts.correction", f"experts.{NAME}"])
 def test_a_load_under_another_of_its_names_is_refused_too(registry, alias):
     layer = torch.nn.Module()
