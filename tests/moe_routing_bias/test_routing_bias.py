@@ -242,16 +242,21 @@ def test_narrowing_by_name_says_how_many_tokens_change_experts(registry):
     assert f"{report.changed_tokens} of 1024 random tokens change experts" in str(report)
 
 
+def test_the_probe_routes_tokens_of_their_own_with_each_row(registry):
+    both, one = (torch.nn.Parameter(values, requires_grad=False) for values in (torch.stack([band(), exact()]), band()))
+    registry.prepare(OP, both, **TO_BF16, narrow=True)
+    registry.prepare(OP, one, **TO_BF16, narrow=True)
+    (of_both,), (of_one,) = preparation_of(both).report, preparation_of(one).report
+    assert (of_both.tokens, of_one.tokens) == (2048, 1024)
+    assert of_both.changed_tokens == of_one.changed_tokens > 0, "the second row's values are all kept"
+
+
 def test_the_probe_leaves_shared_experts_out(registry):
     bias = torch.nn.Parameter(band(), requires_grad=False)
     registry.prepare(OP, bias, **{**TO_BF16, "topk": 5, "num_fused_shared_experts": 1}, narrow=True)
     other = torch.nn.Parameter(band(), requires_grad=False)
     registry.prepare(OP, other, **TO_BF16, narrow=True)
     assert preparation_of(bias).report[0].changed_tokens == preparation_of(other).report[0].changed_tokens
-
-
-class Odd:
-    pass
 
 
 @pytest.mark.parametrize("hold, name", [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 
 import pytest
@@ -55,6 +56,31 @@ def test_rows_that_are_parameters_of_the_same_name_are_not_torn_off(registry):
     rows = model(gate(both), *(gate(torch.nn.Parameter(row, requires_grad=False)) for row in both.data))
     with pytest.raises(PreparationError, match=f"layers.1.{NAME} is a view of .*; layers.2.{NAME} is a view of"):
         registry.prepare(OP, rows, **TO_BF16)
+
+
+class Slotted:
+    __slots__ = ("row",)
+
+    def __init__(self, row):
+        self.row = row
+
+
+@pytest.mark.parametrize("hold, name", [
+    (Slotted, "what a Slotted holds"),
+    (lambda row: functools.partial(print, row), "item 0 of a tuple|what a partial holds"),
+    (lambda row: [None, row], "item 1 of a list"),
+    (lambda row: lambda: row, rf"a tensor \[{EXPERTS - 3}\] torch.float32"),
+    (lambda row: row.numpy(), rf"a tensor \[{EXPERTS - 3}\] torch.float32"),
+], ids=["slots", "partial", "list", "closure", "array"])
+def test_a_view_that_has_no_name_is_described(registry, hold, name):
+    bias = parameter()
+    held = hold(bias.data[3:])
+    with pytest.raises(PreparationError, match=f"({name}) is a view of correction_bias"):
+        registry.prepare(OP, bias, **TO_BF16)
+    assert bias.dtype == torch.float32 and held is not None
+    del held
+    registry.prepare(OP, bias, **TO_BF16)
+    assert bias.dtype == torch.bfloat16
 
 
 def test_a_view_among_frozen_objects_is_found(registry):

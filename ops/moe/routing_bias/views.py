@@ -7,7 +7,7 @@ the old one: it would go on to have the old dtype, and miss every later load.
 from __future__ import annotations
 
 import gc
-from types import FrameType
+from types import CellType, FrameType
 
 import torch
 
@@ -35,7 +35,10 @@ def _views(parameters, root) -> list[str]:
     for path, module in (root.named_modules() if isinstance(root, torch.nn.Module) else ()):
         prefix = f"{path}." if path else ""
         places |= {id(holder): prefix for holder in (module, vars(module), module._parameters, module._buffers)}
-    return sorted(f"{_name(view, found, places)} is a view of {name}" for view, name in found)
+    told = []
+    for view, name in found:  # no generator, which would be a holder of the view
+        told.append(f"{_name(view, found, places)} is a view of {name}")
+    return sorted(told)
 
 
 def _sharing(parameters) -> list[tuple[torch.Tensor, str]]:
@@ -64,19 +67,22 @@ def _name(view, found, places) -> str:
     ours = {id(found), *(id(pair) for pair in found)}
     names = []
     for holder in gc.get_referrers(view):
-        if id(holder) in ours or (isinstance(holder, FrameType) and holder.f_code.co_filename == __file__):
+        if id(holder) in ours or isinstance(holder, CellType) or (  # a cell has no name, and this function has some
+                isinstance(holder, FrameType) and holder.f_code.co_filename == __file__):
             continue
         if isinstance(holder, FrameType):
             key = next((k for k, v in holder.f_locals.items() if v is view), None)
             names.append((2, f"the variable {key} of {holder.f_code.co_name}" if key else ""))
             continue
         if isinstance(holder, (list, tuple)):
-            names += [(1, f"{path}[{next(i for i, v in enumerate(holder) if v is view)}]")
-                      for path in _paths(holder, places)]
+            place = next(i for i, v in enumerate(holder) if v is view)
+            names += [(1, f"{path}[{place}]") for path in _paths(holder, places)]
+            names.append((3, f"item {place} of a {type(holder).__name__}"))
             continue
         items = holder if isinstance(holder, dict) else getattr(holder, "__dict__", {})
         key = next((k for k, v in items.items() if v is view), None)
         if key is None:
+            names.append((3, f"what a {type(holder).__name__} holds"))
             continue
         if id(holder) in places:
             names.append((0, f"{places[id(holder)]}{key}"))
@@ -86,7 +92,7 @@ def _name(view, found, places) -> str:
             names += [(1, f"{getattr(owner, '__name__', type(owner).__name__)}.{key}") for owner in owners]
         else:
             names.append((1, f"{type(holder).__name__}.{key}"))
-    best = min((name for name in names if name[1]), default=(3, f"a tensor {list(view.shape)} {view.dtype}"))
+    best = min((name for name in names if name[1]), default=(4, f"a tensor {list(view.shape)} {view.dtype}"))
     return best[1]
 
 
