@@ -226,15 +226,16 @@ def test_one_changed_value_is_enough_and_no_layer_is_changed_before_all_may_be(r
         registry.prepare(OP, overflow, **ROUTER, bias_dtype="float16")
 
 
-def test_narrowing_by_name_says_how_many_tokens_change_experts(registry):
+@pytest.mark.parametrize("scoring", ["sigmoid", "softmax"])
+def test_narrowing_by_name_says_how_many_tokens_change_experts(registry, scoring):
     layer = Layer(band())
-    registry.prepare(OP, layer, **TO_BF16, narrow=True)
+    registry.prepare(OP, layer, **TO_BF16, scoring=scoring, narrow=True)
     bias = layer.gate.e_score_correction_bias
     assert same_bits(bias.data, band().bfloat16())  # to the nearest, ties to even
     report, = preparation_of(bias).report
     assert report.distinct_before == band().unique().numel() and report.distinct_after == bias.unique().numel()
     route = registry.dispatch("moe.topk", **{**ROUTER, "dtype": "float32"}, bias_dtype="float32",
-                              implementation="torch")
+                              implementation="torch", scoring=scoring)
     logits = torch.randn(1024, EXPERTS, generator=torch.Generator().manual_seed(0))
     sets = [{tuple(sorted(row)) for row in [ids]} for ids in route(logits, band())[1].tolist()]
     others = [{tuple(sorted(row)) for row in [ids]} for ids in route(logits, bias.data.float())[1].tolist()]

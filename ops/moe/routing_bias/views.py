@@ -45,7 +45,6 @@ def _sharing(parameters) -> list[tuple[torch.Tensor, str]]:
     owners = {}  # storage -> the parameter that is first to have it: a second one is a view of it like any other
     for name, parameter in parameters.items():
         owners.setdefault(_storage(parameter), (parameter, name))
-    owners.pop(None, None)
     everything = gc.get_objects()
     kinds = {kind for kind in {*map(type, everything)} if issubclass(kind, torch.Tensor)}  # asked once of each type:
     tensors = [item for item in everything if type(item) in kinds]  # there may be millions of objects
@@ -55,7 +54,8 @@ def _sharing(parameters) -> list[tuple[torch.Tensor, str]]:
 
 
 def _storage(tensor) -> int | None:
-    """Which storage a tensor has; also on the meta device, where all addresses are 0. None for one without."""
+    """Which storage a tensor has; also on the meta device, where all addresses are 0. None for one without, which a
+    bias is not."""
     try:
         return tensor.untyped_storage()._cdata
     except Exception:  # sparse ones, lazy ones, and whatever else somebody's subclass raises: they have none to share
