@@ -87,6 +87,48 @@ def test_a_bad_shard_is_named(tmp_path):
     assert same(weight(made), expected[0])
 
 
+BAD = {  # what a shard's last layer has -> (tensor's name, the tensor, what the message says)
+    "shape": ("layers.1.indexer.wk.weight", torch.ones(HEAD_DIM, HIDDEN - 1), "is [136, 299] float32, expected [136, "),
+    "dtype": ("layers.1.indexer.wk.weight", torch.ones(HEAD_DIM, HIDDEN, dtype=torch.int16), "is [136, 300] int16, "),
+    "unknown dtype": ("layers.1.indexer.wk.weight", torch.ones(2, dtype=torch.complex64), "is [2] C64, expected "),
+    "name": ("layers.1.indexer.wk.bias", torch.ones(HEAD_DIM), "is no parameter of this projection, expected "),
+    "duplicate": ("layers.0.indexer.wk.weight", torch.ones(HEAD_DIM, HIDDEN), "comes twice, first as layers.0."),
+    "both forms": ("layers.0.indexer.wk_weights_proj.weight", torch.ones(192, HIDDEN), "has rows that came as "),
+    "scale": ("layers.1.indexer.wk.weight_scale", torch.ones(2, 3), "no scale with wk_format='none'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("reload", [False, True])
+def test_a_bad_shard_changes_no_layer_and_can_be_mended(case, reload, tmp_path):
+    """The file behind it, and the layers before it in the same file, are as good as never seen."""
+    name, bad, told = BAD[case]
+    made = model((0, 1))
+    loader = Loader(made)
+    if reload:
+        loader.load_weights([pair for number in (0, 1) for pair in
+                             checkpoint(prefix=f"layers.{number}.indexer.", seed=90 + number)[0].items()])
+        loader.finish()
+    good, expected = tmp_path / "good.safetensors", {}
+    tensors = {}
+    for number in (0, 1):
+        more, expected[number] = checkpoint(prefix=f"layers.{number}.indexer.", seed=number)
+        tensors.update(more)
+    last = {key: tensors.pop(key) for key in [*tensors] if key.startswith("layers.1.indexer.wk.")}
+    save_file(tensors, good)
+    second = tmp_path / "second.safetensors"
+    save_file({**last, name: bad}, second)
+    before = [bits(weight(made, number)).clone() for number in (0, 1)]
+    with pytest.raises(CheckpointError) as error:
+        loader.load_files([good, second])
+    assert str(error.value).startswith(f"{second}: {name} ") and told in str(error.value)
+    assert all(torch.equal(bits(weight(made, number)), before[number]) for number in (0, 1))
+    save_file(last, second)
+    loader.load_files([good, second])
+    loader.finish()
+    assert all(same(weight(made, number), expected[number]) for number in (0, 1))
+
+
 @pytest.mark.parametrize("damage", ["cut", "no header", "missing"])
 def test_files_that_are_none(damage, tmp_path):
     (path,), _ = shards(tmp_path, [0], 1)
@@ -121,6 +163,9 @@ def test_only_what_is_its_own_is_read(tmp_path, monkeypatch):
 
         def keys(self):
             return self.inside.keys()
+
+        def get_slice(self, name):  # of which only the header is asked
+            return self.inside.get_slice(name)
 
         def get_tensor(self, name):
             read.append(name)

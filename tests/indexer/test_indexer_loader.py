@@ -415,6 +415,54 @@ def test_what_comes_twice(wk_format):
     loader.finish()
 
 
+def test_a_list_is_looked_at_before_it_is_taken():
+    """An iterator can't be: there the layers before the bad tensor are written."""
+    good, expected = checkpoint()
+    bad = {"layers.1.indexer.wk.weight": plain(HEAD_DIM - 1)}
+    made = model()
+    before = state(weight(made))
+    for weights in ({**good, **bad}.items(), [*good.items(), *bad.items()],
+                    [*good.items(), ("layers.1.indexer.wk.weight", 1)]):
+        loader = Loader(made)
+        with pytest.raises(CheckpointError, match="layers.1.indexer.wk"):
+            loader.load_weights(weights)
+        assert untouched(weight(made), before)
+        with pytest.raises(CheckpointError, match=r"unwritten rows of weight \(wk.weight\): 0..135"):
+            loader.check()
+    with pytest.raises(CheckpointError, match="layers.1.indexer.wk"):
+        loader.load_weights(iter([*good.items(), *bad.items()]))
+    assert same(weight(made), expected)
+
+
+def test_modules_built_on_the_meta_device():
+    """to_empty leaves memory as it was: it must be NaN before anything is loaded, and nothing is loaded before it."""
+    made = model((0, 1)).to("meta")
+    loader = Loader(made)
+    tensors, expected = checkpoint()
+    with pytest.raises(CheckpointError, match="layers.0.indexer.wk.weight has nowhere to go"):
+        loader.load_weights(tensors.items())
+    with pytest.raises(CheckpointError, match=r"unwritten rows of weight \(wk.weight\): 0..135"):
+        loader.finish()
+    original = torch.empty_like
+    try:  # as memory is that held another model's weights
+        torch.empty_like = lambda *args, **kwargs: original(*args, **kwargs).zero_()
+        made.to_empty(device="cpu")
+    finally:
+        torch.empty_like = original
+    loader.load_weights(tensors.items())
+    with pytest.raises(CheckpointError) as error:
+        loader.finish()
+    assert "layers.1.indexer.wk_weights_proj: unwritten rows" in str(error.value)
+    assert "layers.0" not in str(error.value) and same(weight(made), expected)
+
+
+def test_a_projection_that_is_called_as_one_of_its_two():
+    made = nn.Module()
+    made.wk = FusedProjection(None, **layer(**SIZES))
+    with pytest.raises(ValueError, match="wk is called as one of the two"):
+        Loader(made)
+
+
 # ---- the modules, nvfp4 and preparation ------------------------------------------------------------------------------
 
 def nvfp4(sizes, seed=0):
