@@ -1,4 +1,4 @@
-"""What is wrong with an implementation, or with a loader, in words; "" for nothing. Quick, since each mutant runs it."""
+"""What is wrong with an implementation, or with a loader, in words; "" for nothing. Quick, as each mutant runs it."""
 
 from __future__ import annotations
 
