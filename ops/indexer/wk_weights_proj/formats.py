@@ -36,11 +36,15 @@ def dequantize_fp8(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, 
     if scale.dtype is torch.uint8:
         scale = scale.view(torch.float8_e8m0fnu)
     (rows, columns), (height, width) = weight.shape, block
+    width = width or columns
     rows = torch.arange(rows, device=scale.device)[first:None if count is None else first + count] // height
-    factors = scale.float().reshape(scale.shape[0], -1)[rows]
-    if width:
-        factors = factors.repeat_interleave(width, 1)[:, :columns]
-    return weight[first:first + len(rows)].float().mul_(factors.to(weight.device))
+    factors = scale.float().reshape(scale.shape[0], -1)[rows].to(weight.device)
+    values = weight[first:first + len(rows)].float()
+    blocks, ragged = divmod(columns, width)
+    values[:, :blocks * width].unflatten(1, (blocks, width)).mul_(factors[:, :blocks, None])
+    if ragged:
+        values[:, blocks * width:].mul_(factors[:, blocks:])
+    return values
 
 
 def dequantize_nvfp4(packed: torch.Tensor, scale: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:

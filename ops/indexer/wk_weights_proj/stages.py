@@ -18,7 +18,8 @@ from .formats import SCALE_DTYPES, dequantize_fp8, scale_shapes
 FP8 = torch.float8_e4m3fn
 PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 SCALES = ("weight_scale_inv", "weight_scale")  # both are what the weight is multiplied with
-ROWS = 8  # of a weight that are looked at or written at a time
+PIECE = 2**15  # numbers that are looked at or written at a time: little memory, and torch takes no second thread for
+# so few, whose waiting for one another costs more than the work where cores are busy
 
 Key = tuple[str, str]
 
@@ -140,20 +141,21 @@ class Fused(Stage):
             return  # what the numbers are is known when the other has come
         dtype, changed = self.module.dtype, 0
         for _, values in self.rows(weight, scale):
-            cast = values.to(dtype)
-            if scale is None and dtype is not values.dtype:
-                changed += int(((cast.to(values.dtype) != values) & values.isfinite()).sum())
-            if not (cast if scale is not None else values).isfinite().all():
+            limits = torch.stack(values.aminmax())  # NaN if there is one
+            if not (limits if scale is None else limits.to(dtype)).isfinite().all():
                 source.refuse("has values that are not finite", f"finite ones in {named(dtype)}")
+            if scale is None and dtype is not values.dtype:
+                changed += int((values.to(dtype).to(values.dtype) != values).sum())
         if changed:
             source.refuse(f"is {named(source.dtype)}, {changed} of its values change in {named(dtype)}",
                           f"values that {named(dtype)} has", "make the projection with a wider dtype")
 
     def rows(self, weight, scale) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first row, values) of all rows, ROWS at a time: float32 where they are quantised."""
-        for first in range(0, len(weight), ROWS):
-            yield first, weight[first:first + ROWS] if scale is None else \
-                dequantize_fp8(weight, scale, self.module.block, first, ROWS)
+        """(first row, values) of all rows, a piece at a time: float32 where they are quantised."""
+        count = max(1, PIECE // weight.shape[1])
+        for first in range(0, len(weight), count):
+            yield first, weight[first:first + count] if scale is None else \
+                dequantize_fp8(weight, scale, self.module.block, first, count)
 
     def ready(self, component) -> bool:
         weight = self.come.get((component, "weight"))
@@ -200,7 +202,7 @@ class Separate(Stage):
     def look(self, key, source, tensor):
         if tensor.dtype is torch.uint8:  # which is finite whatever it is
             return
-        for some in tensor.reshape(1, -1).split(ROWS) if tensor.dim() < 2 else tensor.split(ROWS):
+        for some in tensor.reshape(-1).split(PIECE):
             if not some.float().isfinite().all():
                 source.refuse("has values that are not finite", "finite ones")
 
