@@ -94,7 +94,7 @@ def main():
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
             row = dict(device=args.device, format=args.format, read=clock(lambda: read(paths), "cpu"),
-                       load=clock(lambda: (loader.load_files(paths), loader.finish()), args.device),
+                       load=clock(lambda: (loader.load_files(paths), loader.finish(registry)), args.device),
                        biases=clock(lambda: registry.prepare("moe.routing_bias", model, **ROUTER), args.device))
             if args.device == "cuda":
                 row["extra"] = round((torch.cuda.max_memory_allocated() - before) /

@@ -9,6 +9,7 @@ import torch
 from indexer_support import bits, layer, model, same, weight
 from test_indexer_loader import HEAD_DIM, HIDDEN, checkpoint
 
+from kernel_registry import registry
 from kernel_registry.errors import CheckpointError
 from kernel_registry.ops.indexer.wk_weights_proj import oracle
 from kernel_registry.ops.indexer.wk_weights_proj.loader import Loader
@@ -48,7 +49,7 @@ def test_shards_in_any_order(wk_format, scale_dtype, fused, both, tmp_path):
         made = model((0, 1, 3), (), wk_format=wk_format)  # a stage without layer 2
         loader = Loader(made)
         taken = loader.load_files(paths[:2]) | loader.load_files(paths[2:])
-        loader.finish()
+        loader.finish(registry)
         assert not any(".wkv" in name or ".2." in name or "norm" in name for name in taken)
         for number in (0, 1, 3):
             assert same(weight(made, number), expected[number])
@@ -59,7 +60,7 @@ def test_what_was_loaded_runs(tmp_path):
     made = model((0,), wk_format="fp8_block")
     loader = Loader(made)
     loader.load_files(paths)
-    loader.finish()
+    loader.finish(registry)
     x = torch.randn(2, 5, HIDDEN).bfloat16()
     got = made.layers["0"].indexer.wk_weights_proj(x)
     assert oracle.check(layer(HIDDEN, HEAD_DIM, 56), (x, expected[0]), {}, got).passed
@@ -83,7 +84,7 @@ def test_a_bad_shard_is_named(tmp_path):
         loader.load_files([again])
     assert str(error.value).startswith(f"{again}: layers.0.indexer.wk.weight comes twice, first as "
                                        f"layers.0.indexer.wk.weight of {paths[0]}")
-    loader.finish()
+    loader.finish(registry)
     assert same(weight(made), expected[0])
 
 
@@ -108,7 +109,7 @@ def test_a_bad_shard_changes_no_layer_and_can_be_mended(case, reload, tmp_path):
     if reload:
         loader.load_weights([pair for number in (0, 1) for pair in
                              checkpoint(prefix=f"layers.{number}.indexer.", seed=90 + number)[0].items()])
-        loader.finish()
+        loader.finish(registry)
     good, expected = tmp_path / "good.safetensors", {}
     tensors = {}
     for number in (0, 1):
@@ -125,7 +126,7 @@ def test_a_bad_shard_changes_no_layer_and_can_be_mended(case, reload, tmp_path):
     assert all(torch.equal(bits(weight(made, number)), before[number]) for number in (0, 1))
     save_file(last, second)
     loader.load_files([good, second])
-    loader.finish()
+    loader.finish(registry)
     assert all(same(weight(made, number), expected[number]) for number in (0, 1))
 
 

@@ -60,11 +60,11 @@ def test_from_files_to_the_forward_pass(stage, without, checkpoint):
     loader = Loader(made)
     for file in files:
         with pytest.raises(CheckpointError, match="the checkpoint is incomplete"):
-            loader.finish()
+            loader.finish(registry)
         loader.load_files([file])
     with pytest.raises(PreparationError, match="weight is not prepared"):
         made.layers[str(here[0])].indexer.wk_weights_proj(x)
-    loader.finish()
+    loader.finish(registry)
     for number in here:
         assert same(weight(made, number), expected[number]) and preparation_of(weight(made, number))
     for number in (here[0], here[-1]):
@@ -101,7 +101,7 @@ def test_beside_the_model_there_is_never_more_than_a_layer(first, layers):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
         for number in range(layers):
             loader.load_weights((name.replace("layers.0.", f"layers.{number}."), tensor) for name, tensor in one)
-        loader.finish()
+        loader.finish(registry)
     live, most = 0, 0
     for event in sorted((e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"),
                         key=lambda e: e.start_ns()):

@@ -117,7 +117,7 @@ def test_a_graph_sees_what_a_reload_wrote(home):
     for seed in (0, 1):
         tensors, expected = checkpoint("fp8_block", seed=seed)
         loader.load_weights((name, tensor.to(home)) for name, tensor in tensors.items())
-        loader.finish()
+        loader.finish(registry)
         assert same(weight(holder), expected)
         if outputs is None:
             own(x)

@@ -86,10 +86,10 @@ def test_finish_prepares_what_was_loaded_and_a_reload_keeps_it():
                     own(x)
             loader.load_weights([(f"{name}.wk.weight_scale_inv", scale)])
         if seed == 0:
-            loader.finish()
+            loader.finish(registry)
         assert same(own.weight, torch.cat([plain, heads]))
         assert own(x)[0].shape == (3, SIZES["head_dim"])
-    loader.finish()
+    loader.finish(registry)
 
 
 def test_a_projection_that_is_not_filled_or_another():

@@ -2,7 +2,7 @@
 
     loader = Loader(model)                       # finds the model's FusedProjection and SeparateProjection modules
     loader.load_weights([(name, tensor), ...])   # or loader.load_files(paths), of safetensors
-    loader.finish()                              # raises unless every row of every projection was written, and prepares
+    loader.finish(registry)                      # raises unless every row of every projection was written, and prepares
 
 For a projection at model.layers.3.indexer.wk_weights_proj these names are its own, and no others; a name belongs to it
 by its whole components, so wkv, wk_norm or hawk.proj never do:
@@ -28,7 +28,6 @@ import torch
 from torch import nn
 
 from kernel_registry.errors import CheckpointError
-from kernel_registry.registry import Registry, registry as shipped
 
 from .module import FusedProjection, SeparateProjection
 from .stages import Fused, Key, Separate, Source, Stage
@@ -96,8 +95,8 @@ class Loader:
             raise CheckpointError("the checkpoint is incomplete:\n    " + "\n    ".join(missing),
                                   hint="load the tensors that are missing and call finish() again")
 
-    def finish(self, registry: Registry = shipped) -> None:
-        """`check`, and the projections become what kernels that `registry` dispatches take: registry.prepare of each. A
+    def finish(self, registry) -> None:
+        """`check`, and the projections become what the kernels of `registry`, a Registry, take: its prepare of each. A
         loader that has finished may load again, all projections or some."""
         self.check()
         for stage in self.stages.values():
