@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from indexer_support import SIZES, layer, model, quantised, same, weight
+from indexer_support import HOST, SIZES, layer, model, quantised, same, weight
 from torch import nn
 
 from kernel_registry import registry
@@ -46,7 +46,7 @@ def checkpoint(tmp_path_factory):
 
 def bound(made, layers) -> nn.Module:
     for number in layers:
-        made.layers[str(number)].indexer.wk_weights_proj.kernel = registry.bind(OP, **TRAITS)
+        made.layers[str(number)].indexer.wk_weights_proj.kernel = registry.bind(OP, **TRAITS, **HOST)
     return made
 
 
@@ -75,7 +75,7 @@ def test_from_files_to_the_forward_pass(stage, without, checkpoint):
 
 def test_without_files_by_prepare_of_each_layer(checkpoint):
     _, expected = checkpoint
-    kernel = registry.bind(OP, **TRAITS)
+    kernel = registry.bind(OP, **TRAITS, **HOST)
     x, _ = cases.inputs(TRAITS, 2)[0]
     for number in LAYERS:
         prefix = f"layers.{number}.indexer."

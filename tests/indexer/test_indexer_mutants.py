@@ -17,8 +17,10 @@ from kernel_registry.ops.moe import casts
 
 SOURCES = Path(package.__file__).parent
 KERNEL, FACTORY, TORCH, REFERENCE = "fused_kernel.py", "triton_fused.py", "torch_fused.py", "reference.py"
+COLUMNS, CHECKS = "triton_columns.py", "checks.py"
 FORMATS, STAGES, LOADER, MODULE, CASTS = "formats.py", "stages.py", "loader.py", "module.py", "casts.py"
-IMPLEMENTATIONS = {KERNEL: "triton_fused", CASTS: "triton_fused", FACTORY: "triton_fused", TORCH: "torch_fused",
+IMPLEMENTATIONS = {KERNEL: "triton_fused", COLUMNS: "triton_columns",
+                   CHECKS: "triton_fused", CASTS: "triton_fused", FACTORY: "triton_fused", TORCH: "torch_fused",
                    REFERENCE: "reference"}
 STORED = "tl.store(partial + split * tokens * COLUMNS + place, total, mask=mask)"
 _numbers = itertools.count()
@@ -37,7 +39,13 @@ MUTANTS = {  # bug -> (file, what stands there once, what replaces it)
     "counters stay": (KERNEL, "tl.store(count, 0)", "tl.store(count, SPLITS)"),
     "strides forgotten": (KERNEL, "* row_x +", "* HIDDEN +"),
     "bits cut off": (CASTS, "(bits + 0x7FFF + ((bits >> 16) & 1)) >> 16", "bits >> 16"),
-    "columns far apart": (FACTORY, "if x.stride(1) != 1 and hidden_size > 1:", "if False:"),
+    "columns far apart": (CHECKS, "return x if x.stride(1) == 1 or x.shape[1] == 1 else", "return x if x.dim() else"),
+    "columns: one step": (COLUMNS, "tl.static_range(0, HIDDEN, BLOCK_K)", "tl.static_range(0, 1, BLOCK_K)"),
+    "columns: the last product forgotten": (COLUMNS, "first + lane < HIDDEN", "first + lane < HIDDEN - 1"),
+    "columns: strides forgotten": (COLUMNS, "token * row_x", "token * HIDDEN"),
+    "columns: one token's columns": (COLUMNS, "tl.store(out + token * COLUMNS + column", "tl.store(out + column"),
+    "columns: sums of 16 bits": (COLUMNS, "total += casts.widen(w) * casts.widen(a)",
+                                 "total += casts.widen(casts.narrow(casts.widen(w) * casts.widen(a), tl.bfloat16))"),
     "copies": (FACTORY, "return out.split(parts, dim=-1)",
                "return tuple(part.contiguous() for part in out.split(parts, dim=-1))"),
     "torch: split a column off": (TORCH, "parts = [head_dim, num_heads]", "parts = [head_dim - 1, num_heads + 1]"),

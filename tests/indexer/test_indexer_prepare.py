@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from indexer_support import SIZES, layer, model, quantised, same
+from indexer_support import HOST, SIZES, layer, model, quantised, same
 from torch import nn
 
 from kernel_registry import registry
@@ -20,7 +20,7 @@ TRAITS = layer(256, 32, 16)
 
 @pytest.fixture
 def bound():
-    return registry.bind(OP, **TRAITS)
+    return registry.bind(OP, **TRAITS, **HOST)
 
 
 def calls(tokens=5, **traits):
@@ -71,7 +71,7 @@ def test_finish_prepares_what_was_loaded_and_a_reload_keeps_it():
     traits = {**SIZES, "wk_format": "fp8_block"}
     made = model(layers=(0, 1), **traits)
     for number in (0, 1):
-        made.layers[str(number)].indexer.wk_weights_proj.kernel = registry.bind(OP, **traits)
+        made.layers[str(number)].indexer.wk_weights_proj.kernel = registry.bind(OP, **traits, **HOST)
     x = torch.randn(3, SIZES["hidden_size"]).bfloat16()
     own = made.layers["1"].indexer.wk_weights_proj
     loader = Loader(made)
@@ -127,7 +127,7 @@ def test_a_weight_that_was_not_written():
 
 def test_nvfp4_keeps_two_and_is_checked_as_well():
     traits = {**TRAITS, "wk_format": "nvfp4"}
-    kernel = registry.bind(OP, **traits)
+    kernel = registry.bind(OP, **traits, **HOST)
     x, (wk, weights_proj), kwargs = calls(wk_format="nvfp4")
     with pytest.raises(PreparationError):
         kernel(x, wk, weights_proj, **kwargs)

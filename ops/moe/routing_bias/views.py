@@ -15,13 +15,12 @@ import torch
 def views(parameters, root) -> list[str]:
     """What else shares storage with any of `parameters` (name -> tensor), each as "NAME is a view of PARAMETER".
     `root` is the module by whose paths those that its modules hold are named, or None."""
-    frozen = gc.get_freeze_count()
-    if frozen:  # as servers do for shorter collections: what was frozen is in no list of the collector
-        gc.unfreeze()
+    frozen, others = gc.get_freeze_count(), len(gc.get_objects())
+    gc.unfreeze()  # servers freeze for shorter collections, and what is frozen is in no list of the collector
     try:
         return _views(parameters, root)
     finally:
-        if frozen:
+        if frozen > others:  # a server's; Python itself has some hundred of its own frozen from 3.12 on
             gc.freeze()
 
 
