@@ -43,8 +43,10 @@ class Held:
     def __str__(self):
         at = ", ".join(f"{name}={written(value)}" for name, value in self.dynamic.items())
         now = what_runs(self.kernel, self.dynamic)
-        told = [f"{self.ran[key]} -> {now[key]}" for key in now if self.ran[key] != now[key]]  # the name goes first
-        return f"{self.kernel.request}{f' at {at}' if at else ''}: {told[0] if told else self.ran['implementation']}"
+        keys = [key for key in now if self.ran[key] != now[key]]
+        keys = keys[:1] if "implementation" in keys else keys  # another name says it all
+        told = ", ".join(f"{self.ran[key]} -> {now[key]}" for key in keys) or self.ran["implementation"]
+        return f"{self.kernel.request}{f' at {at}' if at else ''}: {told}"
 
 
 @dataclass(frozen=True)
