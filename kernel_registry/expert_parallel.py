@@ -49,8 +49,17 @@ class ExpertParallelLayer(MoELayer):
             raise TraitError("a layer over a group of ranks needs an expert_map", where=self.traits.name,
                              hint="an entry for each of the router's experts: its row of w13, or -1 where another "
                                   "rank has it")
-        held = [None] * self._ranks
-        self._dist.all_gather_object(held, torch.nonzero(table >= 0).flatten().tolist(), group=self.group)
+        local = ("num_experts", "platform")  # what ranks need not have in common
+        traits = {name: str(value) for name, value in self.requests[EXPERTS].items() if name not in local}
+        found = [None] * self._ranks
+        self._dist.all_gather_object(found, (traits, torch.nonzero(table >= 0).flatten().tolist()), group=self.group)
+        for rank, (others, _) in enumerate(found):  # rows would be cut in the wrong places where they arrive
+            apart = [f"{name}={others.get(name)}, rank 0 has {value}" for name, value in found[0][0].items()
+                     if others.get(name) != value]
+            if apart:
+                raise TraitError(f"rank {rank} of the group has {'; '.join(apart)}", where=self.traits.name,
+                                 hint="all ranks make the layer of one model together")
+        held = [experts for _, experts in found]
         owners = torch.full((len(table) + 1,), -1)
         for expert in range(len(table)):
             here = [rank for rank, experts in enumerate(held) if expert in experts]

@@ -81,7 +81,7 @@ def called(rank, device, form, topk, spread, shared=False, out=False):
     """The result, and how many tokens came to this rank's experts."""
     layer, hidden, logits = layer_of(rank, device, form, topk, spread, shared_expert=shared_expert if shared else None)
     seen = []
-    torch.use_deterministic_algorithms(True)  # what is not written is NaN, so that reading it shows
+    torch.use_deterministic_algorithms(True, warn_only=True)  # what is not written is NaN, so that reading it shows
     try:
         given = torch.full_like(hidden, float("nan")) if out else None
         result = layer(hidden, logits, out=given, observe=lambda *step: seen.append(step))
@@ -133,6 +133,12 @@ def refused_inputs(rank, device):
         with pytest.raises(InputError, match="hidden_states is"):
             layer(wrong, logits)
     return layer(hidden, logits).cpu()
+
+
+def of_two_models(rank, device):
+    with pytest.raises(TraitError) as caught:
+        layer_of(rank, device, topk=3 + rank)
+    return str(caught.value)
 
 
 def without_a_map(rank, device):
@@ -275,6 +281,8 @@ def test_an_expert_on_no_rank_or_on_two_is_refused_on_every_rank(ranks):
     for message in ranks.run(2, refused, (lower, twice)):
         assert "expert 5 is on ranks [0, 1] of the group" in message
     ranks.run(2, without_a_map)
+    for message in ranks.run(2, of_two_models):
+        assert "rank 1 of the group has topk=4, rank 0 has 3" in message
 
 
 def test_a_call_that_can_not_be_right_is_refused_before_anything_is_sent(ranks):
