@@ -4,9 +4,10 @@
     distributed.agree()                     # on every rank, after the model's ops are bound
 
 A rank with an override file, a registry, a version or a device of its own runs other kernels than its peers, and what
-comes of it looks like a model that is slightly wrong. `agree` gathers one fingerprint a rank; plans go round only where
-fingerprints differ, to be told apart. Every rank reaches the same verdict from the same data and so raises the same
-error, or none does.
+comes of it looks like a model that is slightly wrong. `agree` gathers one fingerprint a rank, of its plan and of its
+lines of override files: a line that changes nothing yet may decide what is bound later. Plans and lines go round only
+where fingerprints differ, to be told apart. Every rank reaches the same verdict from the same data and so raises the
+same error, or none does.
 
 Nothing here waits: a rank that is dead or stuck is the process group's to notice, with its own error and timeout. A
 rank that can't freeze takes part all the same, so that its peers hear why instead of waiting for it.
@@ -14,10 +15,12 @@ rank that can't freeze takes part all the same, so that its peers hear why inste
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from typing import TYPE_CHECKING, Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Callable, Mapping, Sequence
 
 from .errors import PlanError, RankError
+from .overrides import Rule
 from .plan import Plan
 from .registry import Registry, registry as shipped
 
@@ -42,22 +45,22 @@ def agree(registry: Registry = shipped, group: "ProcessGroup | None" = None, *,
         raise PlanError("this process is no member of the group whose plans are compared",
                         hint="call agree on the members only, or pass the group that this rank is in")
     ranks = dist.get_process_group_ranks(group)
-    plan = failure = None
+    failure = None
     try:
-        plan = (freeze or registry.freeze)()
+        plan, lines = (freeze or registry.freeze)(), _overrides(registry)
+        mine = _print(plan, lines), ""
     except Exception as error:  # of any kind: peers that were left waiting would learn nothing of it
-        failure = error
-    mine = (plan.fingerprint, "") if plan else ("", f"{type(failure).__name__}: {failure}")
+        failure, mine = error, ("", f"{type(error).__name__}: {error}")
     found = dict(zip(ranks, _gather(dist, mine, group)))
-    if len(set(found.values())) == 1 and plan:
+    if len(set(found.values())) == 1 and failure is None:
         return plan
     failed = {rank: (f"has no plan: {error}",) for rank, (_, error) in found.items() if error}
     if failed:
         raise RankError(_told(failed), differences=failed, hint="see what that rank says") from failure
-    texts = dict(zip(ranks, _gather(dist, (plan.text(), _overrides(registry)), group)))
-    model = _most_common([found[rank][0] for rank in ranks])
-    alike = [rank for rank in ranks if found[rank][0] == model]
-    apart = {rank: tuple(_differences(texts[alike[0]], texts[rank])) for rank in ranks if rank not in alike}
+    has = dict(zip(ranks, _gather(dist, (plan.text(), lines), group)))
+    ((most, _),) = Counter(found.values()).most_common(1)  # what most have is what was meant; else what the first has
+    alike = [rank for rank in ranks if found[rank] == most]
+    apart = {rank: tuple(_differences(*has[alike[0]], *has[rank])) for rank in ranks if rank not in alike}
     raise RankError(_told(apart, alike), differences=apart, hint=_HINT)
 
 
@@ -68,26 +71,34 @@ def _gather(dist, value, group) -> list:
     return found
 
 
-def _overrides(registry: Registry) -> tuple[str, ...]:
-    """Every line of every override file: a plan does not say which decided, since paths differ between ranks."""
-    return tuple(str(rule) for layer in registry.state.file_layers for rule in layer)
+def _overrides(registry: Registry) -> tuple[tuple[str, str], ...]:
+    """Every line of every override file, the strongest file first: (what it means, as it is told), for a plan does not
+    say which line decided, and the same line may stand elsewhere on another rank."""
+    return tuple(line for layer in registry.state.file_layers
+                 for line in sorted((_meaning(rule), str(rule)) for rule in layer))
 
 
-def _most_common(prints: Sequence[str]) -> str:
-    """What most ranks have is taken for what was meant; among equals, what the first rank has."""
-    counts = Counter(prints)
-    return max(counts, key=lambda one: (counts[one], -prints.index(one)))
+def _meaning(rule: Rule) -> str:
+    box = rule.box
+    when = [*(f"{name}: {values}" for name, values in box.sets.items()), *(relation.text for relation in box.relations),
+            *(check.target for check in box.checks)]
+    return f"{rule.op}: {rule.action} {rule.implementation} for {rule.model} when {sorted(when)}"
 
 
-def _differences(has: tuple, other_has: tuple) -> Iterator[str]:
-    """What one rank has -> what another has otherwise, a line each; both are (text of the plan, overrides)."""
-    (text, overrides), (other_text, other_overrides) = has, other_has
+def _print(plan: Plan, lines: Sequence[tuple[str, str]]) -> str:
+    return hashlib.sha256(repr((plan.fingerprint, [meaning for meaning, _ in lines])).encode()).hexdigest()
+
+
+def _differences(text: str, lines: Sequence, other_text: str, other_lines: Sequence) -> list[str]:
+    """What the second rank has otherwise than the first, a line each, of the plans' texts and the override lines."""
     try:
-        yield from Plan.parse(text, "the plan of most ranks").diff(Plan.parse(other_text, "the plan of this rank"))
+        found = Plan.parse(text, "the plan of most ranks").diff(Plan.parse(other_text, "the plan of this rank"))
     except PlanError as error:  # another release, that writes other plans
-        yield f"{error.where} {error.message}"
-    if overrides != other_overrides:
-        yield f"overrides: {'; '.join(overrides) or 'none'} -> {'; '.join(other_overrides) or 'none'}"
+        found = [f"{error.where} {error.message}"]
+    for sign, some, others in (("-", lines, other_lines), ("+", other_lines, lines)):
+        known = {meaning for meaning, _ in others}
+        found += [f"{sign} {told}" for meaning, told in some if meaning not in known]
+    return found or ["the same lines of override files, of another strength"]
 
 
 def _told(apart: Mapping[int, Sequence[str]], alike: Sequence[int] = ()) -> str:
@@ -95,9 +106,11 @@ def _told(apart: Mapping[int, Sequence[str]], alike: Sequence[int] = ()) -> str:
     stories: dict[tuple[str, ...], list[int]] = {}
     for rank, lines in apart.items():
         stories.setdefault(tuple(lines), []).append(rank)
-    heads = f"would run other kernels than {_named(alike)}" if alike else "can't be compared"
-    return "\n".join(f"{_named(ranks)} {heads}" + "".join(f"\n    {line}" for line in lines)
-                     for lines, ranks in stories.items())
+    paragraphs = []
+    for lines, ranks in stories.items():
+        verb = f"differ{'s' * (len(ranks) == 1)} from {_named(alike)}" if alike else "can't be compared"
+        paragraphs.append("\n    ".join((f"{_named(ranks)} {verb}", *lines)))
+    return "\n".join(paragraphs)
 
 
 def _named(ranks: Sequence[int]) -> str:

@@ -49,6 +49,14 @@ def one_with_an_override(rank, device, odd, file):
     return compared(started(file if rank in odd else None))
 
 
+def with_files(rank, device, files):
+    """Of each rank, the files in the order they are loaded."""
+    source = started(platform="cpu")
+    for file in files[rank]:
+        source.load_overrides(file)
+    return compared(source)
+
+
 def one_of_another_platform(rank, device):
     return compared(started(platform="sm_100" if rank == 1 else "sm_90"))
 
@@ -162,25 +170,40 @@ def test_a_rank_with_another_override_file_is_named_on_every_rank(ranks, file, b
     kind, message, differences, gathered = answers[0]
     assert kind == "differs" and list(differences) == [odd] and gathered == 2
     others = "rank 0" if world == 2 else "ranks 0, 1, 3"
-    assert message.startswith(f"rank {odd} would run other kernels than {others}\n    ~ moe.topk(")
+    assert message.startswith(f"rank {odd} differs from {others}\n    ~ moe.topk(")
     assert list(differences[odd][:-1]) == started().freeze().diff(started(file).freeze())
     assert "torch when {num_tokens: {min: 16, max: 16}} (override)" in differences[odd][0]
-    assert differences[odd][-1] == f"overrides: none -> use torch: file {file}, {file}:3 (incident 42)"
+    assert differences[odd][-1] == f"+ use torch: file {file}, {file}:3 (incident 42)"
 
 
 def test_ranks_that_differ_alike_are_told_together(ranks, file):
     _, message, differences, _ = ranks.run(4, one_with_an_override, (1, 3), file)[2]
     assert list(differences) == [1, 3] and differences[1] == differences[3]
-    assert message.startswith("ranks 1, 3 would run other kernels than ranks 0, 2\n") and message.count(" ~ ") == 1
+    assert message.startswith("ranks 1, 3 differ from ranks 0, 2\n") and message.count(" ~ ") == 1
     _, message, differences, _ = ranks.run(4, one_with_an_override, (0, 1, 3), file)[2]
-    assert list(differences) == [2] and "-> none" in message, "what most ranks have is what was meant"
+    assert list(differences) == [2], "what most ranks have is what was meant"
+    assert differences[2][-1].startswith("- use torch: file")
+
+
+def test_a_line_that_changes_nothing_yet_is_a_difference(ranks, tmp_path):
+    """It may decide what is bound later. Where the same line stands is none."""
+    idle, same, other = (tmp_path / name for name in ("idle.yaml", "same.yaml", "other.yaml"))
+    line = "version: 1\noverrides:\n  - {op: moe.topk, disable: triton_unbiased, reason: %s}\n"
+    idle.write_text(line % "incident 43")
+    same.write_text(line % "the same in other words")
+    other.write_text("version: 1\noverrides:\n  - {op: moe.topk, use: torch}\n")
+    for _, message, differences, _ in ranks.run(2, with_files, ((), (idle,))):
+        assert differences == {1: (f"+ disable triton_unbiased: file {idle}, {idle}:3 (incident 43)",)}
+    assert [kind for kind, *_ in ranks.run(2, with_files, ((same,), (idle,)))] == ["agreed"] * 2
+    for _, message, differences, _ in ranks.run(2, with_files, ((idle, other), (other, idle))):
+        assert differences == {1: ("the same lines of override files, of another strength",)}
 
 
 def test_another_platform_registry_or_version(ranks, tmp_path):
     from kernel_registry import shipped_registry
 
     (_, message, differences, _), _ = ranks.run(2, one_of_another_platform)
-    assert differences[1][0] == "device: sm_90 -> sm_100" and "rank 1 would run other kernels than rank 0" in message
+    assert differences[1][0] == "device: sm_90 -> sm_100" and "rank 1 differs from rank 0\n" in message
 
     text = shipped_registry().read_text()
     path = tmp_path / "registry.yaml"
@@ -218,7 +241,7 @@ def test_groups_are_compared_for_themselves(ranks, file):
 
 def test_a_rank_of_a_group_is_named_as_torch_numbers_it(ranks, file):
     _, message, differences, _ = ranks.run(4, named_by_their_global_rank, file)[1]
-    assert list(differences) == [3] and "rank 3 would run other kernels than ranks 1, 2\n" in message
+    assert list(differences) == [3] and "rank 3 differs from ranks 1, 2\n" in message
 
 
 def test_a_plan_of_ones_own(ranks, file):

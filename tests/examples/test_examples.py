@@ -44,7 +44,7 @@ def example(tmp_path):
 
 def test_every_script_is_tested():
     tested = {"quickstart", "override_and_reload", "freeze_and_compare", "torch_op", "moe_layer", "routing_bias",
-              "indexer_load", "incident"}
+              "indexer_load", "incident", "expert_parallel"}
     assert {p.stem for p in EXAMPLES.glob("*.py")} == tested
 
 
@@ -114,6 +114,14 @@ def test_moe_layer(example):
     assert lines[0] == "published: 256 experts, weights fp8_block" and "where the result goes" in lines
     assert lines[-2] == "ran: moe.topk, moe.experts, moe.finalize"
     assert lines[-1].startswith("the same result in a slice")
+
+
+def test_expert_parallel(example):
+    lines = example("expert_parallel").splitlines()
+    assert lines[0] == "2 ranks agree"
+    assert lines[1] == "over 2 ranks" and len(lines) == 6
+    assert re.fullmatch(r"5 and 3 tokens, \d+ and \d+ at the experts: the layer in one piece agrees", lines[4])
+    assert lines[5] == "with another override file: rank 1 differs from rank 0"
 
 
 def test_routing_bias(example):
