@@ -24,6 +24,7 @@ from functools import partial
 
 import torch
 from experts_peers import vllm_experts
+from timing import graph_time
 
 from kernel_registry import registry
 from kernel_registry.ops.moe.experts import oracle
@@ -84,29 +85,6 @@ def draw(c, tokens: int, seed: int, routing: str):
     return hidden, weights / weights.sum(-1, keepdim=True), ids.to(torch.int32)
 
 
-def graph_time(call, inputs, replays=9) -> float:
-    """Microseconds a call."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for given in inputs:
-            call(*given)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for given in inputs:
-            call(*given)
-    times = []
-    for _ in range(replays + 2):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) / len(inputs) * 1e3)
-    return statistics.median(times[2:])
-
-
 def floor(c, inputs, bandwidth: float, tflops: float) -> float:
     """Microseconds."""
     size = {"none": 2.0, "int4_w4a16": 0.5}.get(c["weight_quant"], 1.0)
@@ -130,7 +108,7 @@ def measure(c, layer, calls, tokens: int, args) -> dict:
             if tokens <= 128:
                 error = (call(*inputs[0]).double() - exact).norm()
                 row["error"][name] = [float(f"{(error / exact.norm()).item():.3g}"), round((error / least).item(), 3)]
-            row["us"][name] = round(graph_time(call, inputs), 1)
+            row["us"][name] = round(graph_time([partial(call, *given) for given in inputs], replays=9, dropped=2), 1)
         except Exception as error:  # a peer that can't is a row without its time
             print(f"# {name}, {tokens} tokens: {type(error).__name__} {str(error).splitlines()[0][:120]}")
     return row

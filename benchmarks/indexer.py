@@ -19,9 +19,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import statistics
 
 import torch
+from timing import graph_time
 from torch.nn.functional import linear
 
 from kernel_registry import registry
@@ -32,29 +32,6 @@ SHAPES = {"dsv32": dict(hidden_size=7168, head_dim=128, num_heads=64),
 LAYERS = 24  # 66 MB of weights, more than an H200's cache
 SWEEP = dict(splits=(7, 14, 28), block_k=(128, 256), columns_per_program=(16, 32, 64), num_warps=(2, 4, 8),
              num_stages=(2, 3, 4))
-
-
-def graph_time(calls, replays=15) -> float:
-    """Microseconds for one of `calls`, which run one after the other in a graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(replays + 3):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) / len(calls) * 1e3)
-    return statistics.median(times[3:])
 
 
 def made(c, tokens: int, device="cuda"):

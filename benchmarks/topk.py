@@ -24,7 +24,9 @@ import json
 import os
 import statistics
 import time
+from functools import partial
 
+import timing
 import torch
 import triton
 import triton.language as tl
@@ -122,27 +124,9 @@ def wrong_rows(weights, ids, x, bias, c) -> int:
     return int(wrong.sum())
 
 
-def graph_time(call, sets, calls=16, replays=15):
+def graph_time(call, sets, calls=16) -> float:
     """Median microseconds per call, `calls` calls over rotating inputs captured in one CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for s in sets:
-            call(*s)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for j in range(calls):
-            call(*sets[j % len(sets)])
-    times = []
-    for _ in range(replays + 3):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) / calls * 1e3)
-    return statistics.median(times[3:])
+    return timing.graph_time([partial(call, *sets[j % len(sets)]) for j in range(calls)])
 
 
 def host_time(call, sets, calls=50, rounds=40):

@@ -117,6 +117,18 @@ def test_where_every_order_is_exact_all_have_the_bits_of_two(module, dtype, devi
         assert same(one, two)
 
 
+@each
+def test_within_one_unit_of_two_projections(module, device):
+    """Whatever the order of the sums: 999 of 1000 results are two linear calls' or the bfloat16 next to them."""
+    traits = layer(1024, 128, 64)
+    (x, weight), _ = cases.inputs(traits, 33, seed=4, device=device)
+    for one, part in zip(factory(module)(**traits)(x, weight), weight.split([128, 64])):
+        two = torch.nn.functional.linear(x, part)
+        steps = [bits(tensor).view(torch.int16).int() for tensor in (one, two)]
+        steps = [torch.where(step < 0, -(step & 0x7FFF), step) for step in steps]  # in the order of the numbers
+        assert ((steps[0] - steps[1]).abs() <= 1).float().mean() >= 0.999
+
+
 @needs_triton
 def test_the_kernels_columns_do_not_depend_on_each_other(device):
     """Fused or on each matrix alone, whatever the values: the same kernel gives the same bits."""
