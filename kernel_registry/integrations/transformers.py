@@ -15,8 +15,10 @@ kernels have none. Every dispatch is behind torch.ops.kernel_registry, so torch.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import inspect
 import logging
 from types import MethodType
 from weakref import WeakSet
@@ -70,7 +72,8 @@ def enable(model: torch.nn.Module | None = None, *, model_types: "list[str] | No
             _switch_routers(report, model, through)
             _switch_experts(report, model)
     except BaseException:
-        report.disable()
+        with contextlib.suppress(Exception):  # the first error is the one to tell
+            report.disable()
         raise
     _log.log(logging.WARNING if report.declined else logging.INFO, report.line)
     return report
@@ -114,7 +117,8 @@ def _unregister(interface, users: list, report: Report) -> None:
 
 def _forget() -> None:
     for module in list(_decided):
-        vars(module).pop(_CALL, None)
+        for name in (_CALL, _OWN):
+            vars(module).pop(name, None)
     _decided.clear()
     _told.clear()
 
@@ -257,7 +261,8 @@ def _switch_experts(report: Report, model) -> None:
     _register(report)
     report.undo.append(functools.partial(model.set_experts_implementation, before))
     for module, call in calls.items():
-        for name, value in ((_CALL, call), (_OWN, module.config._experts_implementation)):
+        own = _own_experts(_interface_of(module), module, module.config._experts_implementation)
+        for name, value in ((_CALL, call), (_OWN, own)):
             setattr(module, name, value)
             report.undo.append(functools.partial(delattr, module, name))
     model.set_experts_implementation(NAME)
@@ -280,6 +285,17 @@ def _experts_call(module, topk: int | None = None, *, lay_out: Report | None = N
     return call, _choose("moe.experts", *example)
 
 
+def _own_experts(interface, module, implementation: str = OWN):
+    """What transformers runs for these experts: that of its implementations, or the module's own loop for "eager"."""
+    return interface.get_interface(implementation, inspect.unwrap(type(module).forward))
+
+
+def _interface_of(module):
+    """Which of the two interfaces dispatches this module: it is in the decorator's closure of its forward."""
+    cells = inspect.getclosurevars(type(module).forward).nonlocals
+    return cells.get("experts_interface", _interfaces()[0])
+
+
 def _contiguous(parameter) -> None:
     parameter.data = parameter.data.contiguous()
 
@@ -297,10 +313,10 @@ def _experts_forward(interface):
         call = getattr(self, _CALL, _UNDECIDED)
         if call is _UNDECIDED:
             call = _decide(self, "moe.experts", _experts_call)
+            setattr(self, _OWN, _own_experts(interface, self))
         if call is None or _records_gradients(self, hidden_states, self.down_proj) or \
                 (self.down_proj.element_size() > 1 and hidden_states.dtype != self.down_proj.dtype):
-            own = interface.get_interface(getattr(self, _OWN, OWN), type(self).forward.__wrapped__)
-            return own(self, hidden_states, top_k_index, top_k_weights)
+            return getattr(self, _OWN)(self, hidden_states, top_k_index, top_k_weights)
         (w13, w2), more = modules.experts_tensors(self)
         return torch.ops.kernel_registry.moe_experts(
             hidden_states.contiguous(), w13, w2, top_k_weights.contiguous(), top_k_index.contiguous(), **more, **call)
