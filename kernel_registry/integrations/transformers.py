@@ -25,10 +25,8 @@ from weakref import WeakSet
 
 import torch
 
-from .. import torch_ops  # noqa: F401  registers torch.ops.kernel_registry
-from ..contract import Workload
-from ..planning import HOST, PlanRow, parse_platform, plan_call
-from ..registry import registry
+from .. import torch_ops  # which also registers torch.ops.kernel_registry
+from ..planning import PlanRow
 from ..selection import REFUSALS
 from . import transformers_modules as modules
 from .report import Report, Row
@@ -328,16 +326,10 @@ def _experts_forward(interface):
 # ---- choosing --------------------------------------------------------------------------------------------------------
 
 def _choose(op: str, args: tuple, kwargs: dict) -> PlanRow:
-    """Binds the kernel of this call of a torch op, so that nothing is left to import when a model runs. Raises
-    Declined where the registry has none, and what an override that can't be followed raises."""
-    entry = registry.catalog.op(op)
-    traits, args, _ = entry.contract.unpack(*args, **kwargs)
-    where = torch_ops.place(registry, args[0])
-    platform = parse_platform(registry, where.get("platform", HOST))
-    row = plan_call(registry, entry, Workload(op, traits, {}, 1), platform)
+    """What this call of a torch op gets. Raises Declined where the registry has nothing for it."""
+    row = torch_ops.bind(op, *args, **kwargs)
     if row.implementation is None:
         raise Declined(row.why)
-    registry.bind(op, **traits, **where)
     return row
 
 
