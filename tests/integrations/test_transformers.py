@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import tiny_models as tiny  # noqa: E402
 from kernel_registry import registry  # noqa: E402
+from kernel_registry.errors import OverrideError  # noqa: E402
 from kernel_registry.integrations import transformers as adapter  # noqa: E402
 from kernel_registry.integrations import transformers_modules as modules  # noqa: E402
 
@@ -284,6 +285,14 @@ def test_an_override_is_followed_and_told():
     assert "override" in report.rows[0].why and "override" in str(report)
 
 
+def test_an_override_that_can_not_be_followed_is_an_error_and_changes_nothing():
+    model = tiny.model("qwen3_moe")
+    before = state(model)
+    with registry.override("moe.experts", "triton_grouped"), pytest.raises(OverrideError, match="dtype is float32"):
+        adapter.enable(model)
+    assert state(model) == before
+
+
 def test_gpt_oss_weights_change_their_order_in_memory_only():
     model = tiny.model("gpt_oss")
     weight = model.model.layers[0].mlp.experts.down_proj
@@ -312,6 +321,15 @@ def test_enabling_twice_is_once_and_a_failure_changes_nothing(monkeypatch):
         adapter.enable(model)
     monkeypatch.undo()
     assert state(model) == before
+
+
+def test_hidden_states_of_another_dtype_than_the_weights_are_transformers_own(ran, caplog):
+    """Under autocast, say, whose products take both to one dtype."""
+    model = tiny.model("mixtral")
+    with adapter.enable(model), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        module = model.model.layers[0].mlp.experts.bfloat16()
+        found = module(torch.randn(3, 32), torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2).bfloat16())
+    assert found.dtype is torch.float32 and not ran and "float32 hidden states run transformers' own" in caplog.text
 
 
 @pytest.mark.parametrize("name", sorted(modules.families()))
