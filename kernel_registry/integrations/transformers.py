@@ -122,7 +122,7 @@ def _switch_classes(report: Report, model_types) -> None:
         own = found.__dict__["forward"]
         report.undo.append(functools.partial(setattr, found, "forward", own))
         found.forward = router_forward(family, own)
-        report.rows.append(Row(f"{package}.{name}", name, "moe.topk", "chosen for each module when it first runs",
+        report.rows.append(Row(f"{package}.{name}", name, "moe.topk", "chosen when a module first runs",
                                "models built from now on"))
 
 
@@ -163,10 +163,11 @@ def _kernelize(report: Report, model, served: dict) -> None:
             "forward": router_forward(family, modules.own_forward(cls)), "can_torch_compile": True,
             "has_backward": False})
         mapping[layer.__name__] = {next(model.parameters()).device.type: {mode: _Repository(layer)}}
-        had = cls.__dict__.get("kernel_layer_name")
+        before = dict(vars(cls))
         kernels.replace_kernel_forward_from_hub(cls, layer.__name__)
-        report.undo.append(functools.partial(setattr, cls, "kernel_layer_name", had) if had is not None else
-                           functools.partial(delattr, cls, "kernel_layer_name"))
+        for name in [name for name, value in vars(cls).items() if before.get(name) is not value]:
+            report.undo.append(functools.partial(setattr, cls, name, before[name]) if name in before else
+                               functools.partial(delattr, cls, name))
     for module in model.modules():  # what kernelize sets on others too, their own forward among it, is undone
         if "forward" not in vars(module):
             report.undo.append(functools.partial(vars(module).pop, "forward", None))

@@ -332,6 +332,33 @@ def test_hidden_states_of_another_dtype_than_the_weights_are_transformers_own(ra
     assert found.dtype is torch.float32 and not ran and "float32 hidden states run transformers' own" in caplog.text
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_layer_module_from_the_models_config_is_the_models_layer(name, ran):
+    """kernel_registry.nn with the weights of the block that it stands for."""
+    from kernel_registry.nn import MoE
+
+    model = tiny.model(name)
+    block = model.model.layers[1].mlp
+    router, experts = getattr(block, "gate", None) or block.router, block.experts
+    config = {**model.config.to_dict(), "dtype": "float32"}
+    layer = MoE(config, shared_expert=getattr(block, "shared_experts", None), gate_bias=name == "gpt_oss")
+    weights = {"gate": router.weight, "gate_bias": getattr(router, "bias", None),
+               "correction_bias": getattr(router, "e_score_correction_bias",
+                                          getattr(block, "e_score_correction_bias", None))}
+    for ours, theirs in (("w13", "gate_up_proj"), ("w2", "down_proj")):
+        weight = getattr(experts, theirs)
+        weights[f"experts.{ours}"] = weight.transpose(1, 2) if experts.is_transposed else weight
+        weights[f"experts.{ours}_bias"] = getattr(experts, f"{theirs}_bias", None)
+    loaded = layer.load_state_dict({key: tensor for key, tensor in weights.items() if tensor is not None}, strict=False)
+    assert not loaded.unexpected_keys and all(key.startswith("shared_expert.") for key in loaded.missing_keys)
+    hidden = torch.randn(2, 5, tiny.COMMON["hidden_size"], generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        wanted = block(hidden)
+        found = layer(hidden)
+    torch.testing.assert_close(found, wanted[0] if isinstance(wanted, tuple) else wanted, rtol=1e-4, atol=1e-5)
+    assert ran["moe.topk"] == ran["moe.experts"] == 1
+
+
 @pytest.mark.parametrize("name", sorted(modules.families()))
 def test_every_row_of_the_table_is_the_class_it_names(name):
     import importlib
