@@ -92,7 +92,7 @@ def _interfaces():
 
 
 def _register(report: Report) -> None:
-    """Puts NAME into both experts interfaces; the last to leave takes it out."""
+    """Puts NAME into both experts interfaces; the last to leave takes it out, for which they have no method."""
     for interface in _interfaces():
         if NAME not in interface:
             interface.register(NAME, experts_forward(interface))
@@ -206,6 +206,7 @@ def _switch_experts(report: Report, model) -> None:
         try:
             if not hasattr(model, "set_experts_implementation"):
                 raise Declined(f"{type(model).__name__} is no model of transformers, whose interface could be set")
+            modules.read_experts(module)  # before anything of it is changed
             for parameter in modules.lay_out(module):
                 report.undo.append(functools.partial(_contiguous, parameter))
             calls[module], row = experts_call(module)

@@ -256,13 +256,41 @@ def test_a_router_that_routes_otherwise_stays_with_transformers(ran):
     assert ran["moe.topk"] == tiny.LAYERS - 1
 
 
-def test_a_later_trait_of_experts_is_not_ignored():
-    model = tiny.model("qwen3_moe")
-    model.model.layers[1].mlp.experts.has_post_expert_norm = True
+@pytest.mark.parametrize("name, flag, value, why", [
+    ("qwen3_moe", "has_post_expert_norm", True, "has_post_expert_norm has no trait"),
+    ("gpt_oss", "limit", 5.0, "its gate is none of silu, gelu, swigluoai, swigluoai_packed"),
+])
+def test_experts_that_say_something_else_are_not_served(name, flag, value, why):
+    """One layer's: the other is served, and this one runs what transformers runs."""
+    model = tiny.model(name)
+    setattr(model.model.layers[1].mlp.experts, flag, value)
+    wanted = logits(model)
     with adapter.enable(model) as report:
-        assert [(row.module, row.why) for row in report.declined] == [
-            ("model.layers.1.mlp.experts", "has_post_expert_norm has no trait")]
-        assert logits(model).isfinite().all()
+        assert [(row.module, row.why) for row in report.declined] == [("model.layers.1.mlp.experts", why)]
+        torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-4)
+
+
+class Fp8:
+    """What fp8 experts of transformers say of their weights."""
+
+    block_size, activation_scheme, intermediate = (32, 32), "dynamic", 64
+
+    def __init__(self, **more):
+        vars(self).update(more)
+        self.gate_up_proj = torch.zeros(2, 2 * self.intermediate, 64).to(torch.float8_e4m3fn)
+        self.down_proj = torch.zeros(2, 64, self.intermediate).to(torch.float8_e4m3fn)
+        self.gate_up_proj_scale_inv = torch.ones(2, 4, 2).to(more.get("scale", torch.float32))
+
+
+@pytest.mark.parametrize("more, why", [
+    (dict(block_size=(32, 64)), "square blocks"), (dict(block_size=None), "square blocks"),
+    (dict(activation_scheme="static"), "given scales"), (dict(scale=torch.float8_e8m0fnu), "its scales are"),
+    (dict(intermediate=80), "a block of 32 rows has some of the gate"),
+])
+def test_fp8_that_moe_experts_has_not(more, why):
+    assert modules._quantisation(Fp8()) == dict(weight_quant="fp8_block", act_quant="fp8_block", group_size=32)
+    with pytest.raises(modules.Declined, match=why):
+        modules._quantisation(Fp8(**more))
 
 
 def test_gradients_are_transformers_own(ran, caplog):
