@@ -31,6 +31,18 @@ class Workload:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """What an op's oracle says of one call: passed, over `rows` rows, of which `undecided` leave more than one result
+    right. `detail` says what failed first; `exact` is the fraction of elements of which every bit was compared."""
+
+    passed: bool
+    rows: int
+    undecided: int = 0
+    detail: str = ""
+    exact: float = 0.0
+
+
 class Prepared(NamedTuple):
     """What a preparation may return: what it made, and what it tells of it."""
 

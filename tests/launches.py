@@ -1,4 +1,4 @@
-"""How much moe.experts and a whole layer launch on a GPU, and a count of that without one."""
+"""How much moe.experts and a whole layer launch on a GPU, and two counts: on a GPU, and without one."""
 
 from __future__ import annotations
 
@@ -18,6 +18,18 @@ def of_experts(traits, tokens: int) -> int:
     if tokens == 1 and (quant == "none" or quant == "fp8_block" and traits["intermediate_size"] <= 2048):
         return FEW_TOKENS
     return GROUPED + BY_ROW * act.endswith("_token") + MANY * (tokens * traits["topk"] > MOST_ROUTES)
+
+
+def on_device(call) -> list[str]:
+    """Names of the kernels and copies that a call runs on the GPU, when it has run before."""
+    import torch
+
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        call()
+        torch.cuda.synchronize()
+    return [event.name for event in seen.events() if event.device_type == torch.autograd.DeviceType.CUDA]
 
 
 @contextmanager

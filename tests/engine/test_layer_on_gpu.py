@@ -11,7 +11,7 @@ import kernel_registry.torch_ops  # noqa: E402, F401
 from kernel_registry import moe_layer, registry  # noqa: E402
 from kernel_registry.layer import EXPERTS, FINALIZE, TOPK, LayerTraits  # noqa: E402
 from kernel_registry.ops.moe.experts import cases  # noqa: E402
-from tests.launches import of_experts  # noqa: E402
+from tests.launches import of_experts, on_device  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SIZES = dict(num_experts=64, topk=6, hidden_size=512, intermediate_size=256, dtype="bfloat16")
@@ -30,16 +30,6 @@ def fallback(layer) -> bool:
     return registry.catalog.op(EXPERTS).implementation(layer.kernels[EXPERTS].name.split("|")[0]).fallback
 
 
-def launches(call) -> list[str]:
-    """Names of the kernels and copies that a call runs on the device, when it has run before."""
-    call()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-        call()
-        torch.cuda.synchronize()
-    return [event.name for event in seen.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-
-
 @pytest.mark.parametrize("tokens", [1, 128, 512])
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_layer_launches_what_its_ops_launch_and_no_copy_more(tokens, shared):
@@ -49,9 +39,9 @@ def test_a_layer_launches_what_its_ops_launch_and_no_copy_more(tokens, shared):
     brought = dict(shared_output=hidden * 0.5) if shared else {}
     out, steps = torch.empty_like(hidden), []
     layer(hidden, logits, out=out, **brought, observe=lambda *step: steps.append(step))
-    alone = {op: launches(lambda: (layer._into if kwargs.get("out") is out and op == EXPERTS else layer.kernels[op])(
+    alone = {op: on_device(lambda: (layer._into if kwargs.get("out") is out and op == EXPERTS else layer.kernels[op])(
         *args, **kwargs)) for op, args, kwargs, _ in steps}
-    found = launches(lambda: layer(hidden, logits, out=out, **brought))
+    found = on_device(lambda: layer(hidden, logits, out=out, **brought))
     print(f"{tokens} tokens: {len(found)} launches: {found}")
     assert len(alone[TOPK]) == 1 and len(alone.get(FINALIZE, [0])) == 1
     assert len(found) == sum(map(len, alone.values()))
@@ -59,7 +49,7 @@ def test_a_layer_launches_what_its_ops_launch_and_no_copy_more(tokens, shared):
     if not fallback(layer):  # whose cast at the end is a copy
         assert len(alone[EXPERTS]) == of_experts(SIZES, tokens)
         assert not any("memcpy" in name.lower() or "copy" in name.lower() for name in found)
-    fresh = launches(lambda: layer(hidden, logits, **brought))
+    fresh = on_device(lambda: layer(hidden, logits, **brought))
     assert len(fresh) == len(found), "with `out` it launches no more than without"
 
 

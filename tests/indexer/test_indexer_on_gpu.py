@@ -14,7 +14,8 @@ from kernel_registry.ops.indexer.wk_weights_proj import cases, oracle, reference
 from kernel_registry.ops.indexer.wk_weights_proj.loader import Loader
 
 pytest.importorskip("triton")
-from kernel_registry.ops.indexer.wk_weights_proj import triton_fused  # noqa: E402
+from kernel_registry.ops.indexer.wk_weights_proj import triton_columns, triton_fused  # noqa: E402
+from tests.launches import on_device  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEEPSEEK = layer(7168, 128, 64)
@@ -41,13 +42,9 @@ def test_a_models_layer(tokens, flavour):
 
 def test_one_launch():
     args, _ = cases.inputs(DEEPSEEK, 4, device="cuda")
-    kernel = made()
-    kernel(*args)
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-        kernel(*args)
-        torch.cuda.synchronize()
-    assert [e.name for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA] == ["fused_kernel"]
+    for made_by, name in ((triton_columns, "column_kernel"), (triton_fused, "fused_kernel")):
+        kernel = made_by.fused(**DEEPSEEK, platform=registry.platform())
+        assert on_device(lambda: kernel(*args)) == [name]
 
 
 @pytest.mark.parametrize("spare", [True, False])

@@ -10,18 +10,9 @@ from kernel_registry.ops.moe.finalize import cases, oracle
 
 pytest.importorskip("triton")
 from kernel_registry.ops.moe.finalize import triton_finalize  # noqa: E402
+from tests.launches import on_device  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-def launches(call) -> list[str]:
-    """Names of the kernels and copies that a call runs on the device, when it has run before."""
-    call()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-        call()
-        torch.cuda.synchronize()
-    return [event.name for event in seen.events() if event.device_type == torch.autograd.DeviceType.CUDA]
 
 
 @pytest.mark.parametrize("model", cases.WORKLOADS)
@@ -41,13 +32,13 @@ def test_model_layers(model, tokens):
 def test_one_launch_and_no_copy(traits):
     args, kwargs = cases.inputs(traits, 16, device="cuda")
     made = triton_finalize.finalize(**traits)
-    assert launches(lambda: made(*args, **kwargs)) == ["finalize_kernel"]
+    assert on_device(lambda: made(*args, **kwargs)) == ["finalize_kernel"]
 
 
 def test_no_launch_where_nothing_is_left_to_do():
     made = triton_finalize.finalize(**layer(256, 8, 7168, **REDUCED))
     rows = torch.randn(16, 7168, device="cuda").bfloat16()
-    assert launches(lambda: made(rows)) == []
+    assert on_device(lambda: made(rows)) == []
 
 
 def test_offsets_past_two_to_the_31():

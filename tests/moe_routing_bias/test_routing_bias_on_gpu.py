@@ -9,6 +9,7 @@ import torch
 
 from kernel_registry import Registry, moe_router
 from kernel_registry.errors import CaptureError
+from tests.launches import on_device
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -27,25 +28,15 @@ def exact() -> torch.nn.Parameter:
     return torch.nn.Parameter((torch.randint(-255, 256, (256,)) / 64).cuda(), requires_grad=False)
 
 
-def launches(call) -> list[str]:
-    """Names of the kernels and copies that a call runs on the device, when it has run before."""
-    call()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-        call()
-        torch.cuda.synchronize()
-    return [event.name for event in seen.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-
-
 def test_one_launch_a_call_and_two_with_a_cast(registry):
     logits, bias = torch.randn(16, 256).bfloat16().cuda(), exact()
     route = moe_router(bias, registry=registry, **ROUTER)
-    assert route.traits["bias_dtype"] == "float32" and len(launches(lambda: route(logits, bias))) == 1
+    assert route.traits["bias_dtype"] == "float32" and len(on_device(lambda: route(logits, bias))) == 1
     narrow = registry.bind("moe.topk", **TO_BF16)
-    assert len(launches(lambda: narrow(logits, bias.to(torch.bfloat16)))) == 2
+    assert len(on_device(lambda: narrow(logits, bias.to(torch.bfloat16)))) == 2
     registry.prepare(OP, bias, **TO_BF16)
     take = registry.bind(OP, **TO_BF16)
-    assert len(launches(lambda: narrow(logits, take(bias)))) == 1
+    assert len(on_device(lambda: narrow(logits, take(bias)))) == 1
 
 
 def test_a_bias_that_a_graph_reads_stays(registry):

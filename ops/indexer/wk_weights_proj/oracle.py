@@ -8,21 +8,10 @@ and sums are whole numbers below 2^24 (flavour "exact") every order gives the sa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
-
-@dataclass(frozen=True)
-class Verdict:
-    """passed, over `rows` rows; `exact` is the fraction of elements of which every bit was compared."""
-
-    passed: bool
-    rows: int
-    undecided: int = 0
-    detail: str = ""
-    exact: float = 0.0
+from kernel_registry.contract import Verdict
 
 
 def check(traits, args, kwargs, outputs) -> Verdict:

@@ -27,6 +27,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernel_registry import contract
+
 from .oracle_numbers import (HALVED_FROM, U, Value, activated, exactly, jumps, operand, plus, product, row_rounding,
                              spreads, times, weights64)
 
@@ -40,14 +42,10 @@ _NEUTRAL = dict(dtype="bfloat16", weight_quant="none", act_quant="none", group_s
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """passed, over `rows` tokens, of which `undecided` have bounds too wide to say much. `error` is the relative root
-    mean square error against exact arithmetic, `least` that of float32 arithmetic with one cast."""
+class Verdict(contract.Verdict):
+    """`undecided` tokens have bounds too wide to say much. `error` is the relative root mean square error against exact
+    arithmetic, `least` that of float32 arithmetic with one cast."""
 
-    passed: bool
-    rows: int
-    undecided: int
-    detail: str = ""
     error: float = 0.0
     least: float = 0.0
 
@@ -238,5 +236,6 @@ def _check_error(outputs: Tensor, exact: Tensor, rounded: Tensor, spread: Tensor
     effective = (best.sum().square() / best.square().sum().clamp(min=1e-300)).item()
     detail = f"{rows} rows, relative error {error:.3g}, of float32 arithmetic with one cast {least:.3g}"
     if error > RMS_RATIO * least and effective >= _ELEMENTS:
-        return Verdict(False, rows, undecided, f"{detail}: more than {RMS_RATIO} times", error, least)
-    return Verdict(True, rows, undecided, detail, error, least)
+        return Verdict(False, rows, undecided, f"{detail}: more than {RMS_RATIO} times", error=error,
+                       least=least)
+    return Verdict(True, rows, undecided, detail, error=error, least=least)

@@ -11,23 +11,12 @@ has one result: there every bit is compared.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
+from kernel_registry.contract import Verdict
+
 EPS, TINY = 2.0**-24, 2.0**-126
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """passed, over `rows` rows; `exact` is the fraction of elements of which every bit was compared."""
-
-    passed: bool
-    rows: int
-    undecided: int = 0
-    detail: str = ""
-    exact: float = 0.0
 
 
 def check(traits, args, kwargs, outputs) -> Verdict:

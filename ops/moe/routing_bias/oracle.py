@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
-
-@dataclass(frozen=True)
-class Verdict:
-    """passed, over the `rows` rows of one bias."""
-
-    passed: bool
-    rows: int
-    undecided: int = 0
-    detail: str = ""
+from kernel_registry.contract import Verdict
 
 
 def check(traits, args, kwargs, outputs) -> Verdict:

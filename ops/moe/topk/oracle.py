@@ -25,30 +25,16 @@ device, with the ranking done by numpy, and every bit must agree.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
+
+from kernel_registry.contract import Verdict
 
 from .oracle_eager import check_bits
 from .oracle_numbers import EPS, TINY, Wrong, clear_cut, errors, gap, group_scores, labels, ranking, scores64
 from .oracle_rows import Row
 
 WEIGHT_RTOL = 2e-6
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """passed, over `rows` live rows, of which `undecided` were too close to call; `detail` says what failed first."""
-
-    passed: bool
-    rows: int
-    undecided: int
-    detail: str = ""
-
-    @property
-    def undecided_fraction(self) -> float:
-        return self.undecided / self.rows if self.rows else 0.0
 
 
 def _unmap(ids, table, choice_order, count):
