@@ -47,10 +47,13 @@ def register(source: Registry, op: str, library: torch.library.Library = _librar
 def _dispatching(source: Registry, op: str, contract: type[Contract]):
     def call(*arguments, **keywords):
         traits, args, kwargs = contract.unpack(*arguments, **keywords)
-        if args[0].device.type == "cpu" and source.platform().kind in ("cuda", "hip"):
-            traits["platform"] = "cpu"  # a tensor on the host of a GPU machine
-        return source.dispatch(op, **traits)(*args, **kwargs)
+        return source.dispatch(op, **traits, **place(source, args[0]))(*args, **kwargs)
     return call
+
+
+def place(source: Registry, tensor: torch.Tensor) -> dict[str, str]:
+    """The platform trait of a call with this tensor: none but for one on the host of a GPU machine."""
+    return {"platform": "cpu"} if tensor.device.type == "cpu" and source.platform().kind in ("cuda", "hip") else {}
 
 
 def _functional(call):
