@@ -1,6 +1,6 @@
 """The registry's routers in SGLang, through its plugin entry point and its hooks.
 
-    KERNEL_REGISTRY_RUNTIMES=sglang python -m sglang.launch_server ...     # in every process, by `plugin`
+    KERNEL_REGISTRY_SGLANG=1 python -m sglang.launch_server ...     # in every process, by `plugin`
 
     from kernel_registry.integrations import sglang
     sglang.enable()             # in this process, by hand, before a model runs
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import NamedTuple
+from typing import Mapping, NamedTuple
 
 import torch
 
@@ -25,7 +25,7 @@ from .report import Report, Row
 from .sglang_calls import Declined
 from .switch import switched_on
 
-OP = "moe.topk"
+SETTING, OP = "KERNEL_REGISTRY_SGLANG", "moe.topk"
 _log = logging.getLogger(__name__)
 
 
@@ -33,7 +33,8 @@ class Decision(NamedTuple):
     """What came of one kind of call: the arguments of moe_topk, or why it stays with SGLang."""
 
     call: calls.Call | None
-    traits: dict
+    traits: Mapping[str, object]
+    told: str
     why: str
 
 
@@ -47,7 +48,7 @@ _state = {"on": False, "hooked": False}
 
 def plugin() -> None:
     """SGLang's entry point `sglang.srt.plugins`, called in each of its processes; SGLang applies the hooks after it."""
-    if switched_on("sglang"):
+    if switched_on(SETTING):
         _register()
 
 
@@ -71,7 +72,7 @@ def report() -> Report:
     rows = [Row(reason, where, OP, None, reason) for where, reason in _elsewhere.items()]
     for (name, *_), decision in list(_decisions.items()):
         kernel, why = _chosen(decision)
-        rows.append(Row(", ".join(f"{n}={v}" for n, v in decision.traits.items()), name, OP, kernel, why))
+        rows.append(Row(decision.told, name, OP, kernel, why))
     return Report(f"SGLang {version('sglang')}", rows)
 
 
@@ -162,7 +163,7 @@ def _first_sight(name, num_experts, dtype, device, bias, settings) -> Decision:
     from ..registry import registry
     from ..torch_ops import place
 
-    told = {"num_experts": num_experts, **{n: v for n, v in settings.items() if v is not None}}
+    told = ", ".join(f"{n}={v}" for n, v in {"num_experts": num_experts, **settings}.items() if v is not None)
     try:
         call = calls.read(name, bias, settings, _fused_gate_masks_padded_rows)
         logits = torch.empty((0, num_experts), dtype=dtype, device=device)
@@ -171,10 +172,10 @@ def _first_sight(name, num_experts, dtype, device, bias, settings) -> Decision:
         traits.update(place(registry, logits))
         registry.bind(OP, **traits)  # imports the kernel now; an override that can't be followed raises
     except (Declined, NoImplementationError, TraitError) as declined:
-        _log.warning("kernel_registry: SGLang's own %s stays for %s: %s", name, told, declined)
-        return Decision(None, told, str(declined))
-    decision = Decision(call, traits, "")
-    _log.info("kernel_registry: %s for %s: %s", name, told, " because ".join(map(str, _chosen(decision))))
+        _log.warning("kernel_registry: %s(%s) stays with SGLang: %s", name, told, declined)
+        return Decision(None, {}, told, str(declined))
+    decision = Decision(call, traits, told, "")
+    _log.info("kernel_registry: %s(%s) runs %s: %s", name, told, *_chosen(decision))
     return decision
 
 

@@ -78,7 +78,7 @@ def read(name: str, bias: tuple | None, settings: Mapping, masks: Callable[[str]
     if name == "fused_topk_softmax_torch_raw_logits":
         raise Declined("its weights are made of the raw logits, which no scoring gives")
     if bias is not None and bias[1] != 1:
-        raise Declined("a correction bias for each token has no trait")
+        raise Declined(f"a correction bias of {bias[1]} dimensions has no trait: moe.topk takes one for all tokens")
     scoring, shared = settings.get("scoring_func", "sigmoid"), settings.get("num_fused_shared_experts", 0)
     factor, scaled = settings.get("routed_scaling_factor"), bool(settings.get("apply_routed_scaling_factor_on_output"))
     if name == "fused_topk" and scoring == "softmax" and (bias is not None or scaled):

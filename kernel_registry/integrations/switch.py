@@ -1,25 +1,17 @@
-"""The one setting that switches adapters on in runtimes that load plugins by themselves.
-
-    KERNEL_REGISTRY_RUNTIMES=sglang             # or sglang,tokenspeed
+"""The settings that switch adapters on in runtimes that load plugins by themselves: KERNEL_REGISTRY_SGLANG=1 and so on.
 
 Such a runtime calls every installed plugin, in each of its processes. Installing the package must not change what a
-server runs, so an adapter does nothing unless its runtime is named here.
+server runs, so an adapter does nothing unless its setting says so.
 """
 
 from __future__ import annotations
 
 import os
 
-from ..errors import UnknownNameError, suggestion
 
-VARIABLE = "KERNEL_REGISTRY_RUNTIMES"
-RUNTIMES = ("sglang", "tokenspeed", "vllm")
-
-
-def switched_on(runtime: str) -> bool:
-    """Whether the setting names this runtime. Raises UnknownNameError where it names something else."""
-    named = [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
-    for name in named:
-        if name not in RUNTIMES:
-            raise UnknownNameError(f"{VARIABLE} names {name!r}", hint=suggestion(name, RUNTIMES))
-    return runtime in named
+def switched_on(variable: str) -> bool:
+    """Whether the environment sets it to 1. Raises ValueError for what is neither 1 nor 0 nor unset."""
+    said = os.environ.get(variable, "")
+    if said not in ("", "0", "1"):
+        raise ValueError(f"{variable}={said!r}, expected 1 (on) or 0 (off)")
+    return said == "1"

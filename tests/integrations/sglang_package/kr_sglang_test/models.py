@@ -2,9 +2,6 @@
 
 import sys
 
-import torch
-import transformers
-
 _SIZES = dict(vocab_size=256, hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=3,
               num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=256,
               num_experts_per_tok=8, norm_topk_prob=True, tie_word_embeddings=False, bos_token_id=0, eos_token_id=1,
@@ -16,6 +13,9 @@ MODELS = {  # (class, config beside the sizes, MoE layers)
 }
 
 if __name__ == "__main__":
+    import torch
+    import transformers
+
     name, config, _ = MODELS[sys.argv[1]]
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**_SIZES, **config))
