@@ -45,21 +45,23 @@ def run(tmp_path_factory):
 
 
 def engine(run, folder, trace, **settings):
-    """(tokens by prompt, lines of the trace, log) of a run of the engine."""
+    """(tokens by prompt, their log-probabilities, lines of the trace, log) of a run of the engine."""
     done = run("generate", folder, KR_SGLANG_TEST_TRACE=str(trace), **settings)
-    answers = next(json.loads(line) for line in reversed(done.stdout.splitlines()) if line.startswith("[["))
-    return answers, Counter(trace.read_text().split()), done.stdout + done.stderr
+    answers = next(json.loads(line) for line in reversed(done.stdout.splitlines()) if line.startswith("[[["))
+    tokens = [[token for _, token in answer] for answer in answers]
+    chances = [chance for answer in answers for chance, _ in answer]
+    return tokens, chances, Counter(trace.read_text().split()), done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_engine_gives_the_same_tokens(run, tmp_path, model):
     run("models", model, tmp_path / model)
     layers = MODELS[model][2]
-    theirs, without, _ = engine(run, tmp_path / model, tmp_path / "off")
-    ours, trace, log = engine(run, tmp_path / model, tmp_path / "on", KERNEL_REGISTRY_SGLANG="1")
+    theirs, their_chances, without, _ = engine(run, tmp_path / model, tmp_path / "off")
+    ours, chances, trace, log = engine(run, tmp_path / model, tmp_path / "on", KERNEL_REGISTRY_SGLANG="1")
     assert without["kernel"] == 0, "installed, but not switched on"
     assert [len(tokens) for tokens in ours] == [NEW_TOKENS] * len(PROMPTS)
-    assert ours == theirs
+    assert ours == theirs and chances == pytest.approx(their_chances, rel=0, abs=1e-4)
     assert trace["kernel"] == trace["routing"] == without["routing"] >= layers * NEW_TOKENS
     (line,) = {line.split("kernel_registry: ")[1] for line in log.splitlines() if " runs counted: " in line}
     assert "num_experts=64" in line and "topk=8" in line
