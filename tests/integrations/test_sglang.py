@@ -249,6 +249,23 @@ def test_the_ops_are_in_sglangs_inventory(topk):
     assert all(spec.backend is KernelBackend.PLUGIN and len(inventory.get(spec.op)) == 1 for spec in mine)
 
 
+def test_an_op_that_sglang_has_itself_is_left_alone(topk, monkeypatch):
+    from sglang.kernels.registry import registry as inventory
+    from sglang.kernels.spec import KernelBackend, KernelSpec
+
+    theirs = [KernelSpec(op="moe.finalize", backend=KernelBackend.TRITON, target="theirs:finalize")]
+    monkeypatch.setitem(inventory._by_op, "moe.finalize", theirs)
+    adapter._register_kernels()
+    assert inventory.get("moe.finalize") == theirs[:1]
+
+
+def test_each_dtype_is_a_kind_of_call(topk):
+    """A kernel is bound, and an override may be refused, for each of them: none is decided by another's sight."""
+    for dtype in (torch.float32, torch.bfloat16):
+        select(topk, MODELS["qwen3-moe"], on=True, logits=inputs(128, False, dtype)[1])
+    assert len(adapter.report().served) == 2
+
+
 def test_hooks_are_registered_once(topk):
     before = {target: len(found) for target, found in hooks.HookRegistry._hooks.items()}
     adapter.enable()
