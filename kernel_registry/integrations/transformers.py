@@ -15,31 +15,25 @@ kernels have none. Every dispatch is behind torch.ops.kernel_registry, so torch.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import inspect
 import logging
 from types import MethodType
-from weakref import WeakSet
 
 import torch
 
-from .. import torch_ops  # noqa: F401  registers torch.ops.kernel_registry
-from ..contract import Workload
-from ..planning import HOST, PlanRow, parse_platform, plan_call
-from ..registry import registry
-from ..selection import REFUSALS
+from ..planning import PlanRow
 from . import transformers_modules as modules
 from .report import Report, Row
-from .transformers_modules import Declined, Family
+from .transformers_forward import (CALL, OWN, experts_call, experts_forward, forget, log, own_experts, router_call,
+                                   router_forward)
+from .transformers_modules import Declined
 
 NAME = "kernel_registry"  # of the experts implementation
-OWN = "grouped_mm"  # transformers' default, for experts that stay with it
-_CALL, _OWN, _REPORT = "_kernel_registry_call", "_kernel_registry_own", "_kernel_registry_report"
-_UNDECIDED = object()
-_log = logging.getLogger(__name__)
-_decided: WeakSet = WeakSet()  # modules that have a _CALL without a report of their own
+_REPORT = "_kernel_registry_report"  # attribute of a model that is switched on
 _classes: list[Report] = []  # the report of enable() without a model
-_told: set[str] = set()
 
 
 # ---- switching -------------------------------------------------------------------------------------------------------
@@ -61,7 +55,7 @@ def enable(model: torch.nn.Module | None = None, *, model_types: "list[str] | No
     try:
         if model is None:
             _classes.append(report)
-            report.undo += [_forget, _classes.clear]
+            report.undo += [forget, _classes.clear]
             _register(report)
             _switch_classes(report, model_types)
         else:
@@ -70,9 +64,10 @@ def enable(model: torch.nn.Module | None = None, *, model_types: "list[str] | No
             _switch_routers(report, model, through)
             _switch_experts(report, model)
     except BaseException:
-        report.disable()
+        with contextlib.suppress(Exception):  # the first error is the one to tell
+            report.disable()
         raise
-    _log.log(logging.WARNING if report.declined else logging.INFO, report.line)
+    log.log(logging.WARNING if report.declined else logging.INFO, report.line)
     return report
 
 
@@ -97,10 +92,10 @@ def _interfaces():
 
 
 def _register(report: Report) -> None:
-    """Puts NAME into both experts interfaces; the last to leave takes it out."""
+    """Puts NAME into both experts interfaces; the last to leave takes it out, for which they have no method."""
     for interface in _interfaces():
         if NAME not in interface:
-            interface.register(NAME, _experts_forward(interface))
+            interface.register(NAME, experts_forward(interface))
         users = interface._global_mapping[NAME].users
         users.append(report)
         report.undo.append(functools.partial(_unregister, interface, users, report))
@@ -110,13 +105,6 @@ def _unregister(interface, users: list, report: Report) -> None:
     users[:] = [user for user in users if user is not report]
     if not users:
         del interface._global_mapping[NAME]
-
-
-def _forget() -> None:
-    for module in list(_decided):
-        vars(module).pop(_CALL, None)
-    _decided.clear()
-    _told.clear()
 
 
 # ---- routers ---------------------------------------------------------------------------------------------------------
@@ -133,8 +121,8 @@ def _switch_classes(report: Report, model_types) -> None:
             continue
         own = found.__dict__["forward"]
         report.undo.append(functools.partial(setattr, found, "forward", own))
-        found.forward = _router_forward(family, own)
-        report.rows.append(Row(f"{package}.{name}", name, "moe.topk", "chosen for each module when it first runs",
+        found.forward = router_forward(family, own)
+        report.rows.append(Row(f"{package}.{name}", name, "moe.topk", "chosen when a module first runs",
                                "models built from now on"))
 
 
@@ -149,20 +137,19 @@ def _switch_routers(report: Report, model, through: str) -> None:
                 raise Declined("transformers.yaml has no row for this class")
             if "forward" in vars(module):
                 raise Declined("its forward is set already, by another than the registry")
-            call = modules.read_router(module, family)
-            row = _choose("moe.topk", *modules.router_example(module, family, call))
+            call, row = router_call(module, family)
         except Declined as declined:
             report.rows.append(_stays(name, module, "moe.topk", str(declined)))
             continue
         report.rows.append(_serves(name, module, row))
         served[module] = family
-        setattr(module, _CALL, call)
-        report.undo.append(functools.partial(delattr, module, _CALL))
+        setattr(module, CALL, call)
+        report.undo.append(functools.partial(delattr, module, CALL))
     if through == "kernels":
         _kernelize(report, model, served)
         return
     for module, family in served.items():
-        module.forward = MethodType(_router_forward(family, modules.own_forward(type(module))), module)
+        module.forward = MethodType(router_forward(family, modules.own_forward(type(module))), module)
         report.undo.append(functools.partial(delattr, module, "forward"))
 
 
@@ -173,13 +160,14 @@ def _kernelize(report: Report, model, served: dict) -> None:
     mode, mapping = kernels.Mode.INFERENCE | kernels.Mode.TORCH_COMPILE, {}
     for cls, family in {type(module): family for module, family in served.items()}.items():
         layer = type(f"KernelRegistry{cls.__name__}", (torch.nn.Module,), {
-            "forward": _router_forward(family, modules.own_forward(cls)), "can_torch_compile": True,
+            "forward": router_forward(family, modules.own_forward(cls)), "can_torch_compile": True,
             "has_backward": False})
         mapping[layer.__name__] = {next(model.parameters()).device.type: {mode: _Repository(layer)}}
-        had = cls.__dict__.get("kernel_layer_name", _UNDECIDED)
+        before = dict(vars(cls))
         kernels.replace_kernel_forward_from_hub(cls, layer.__name__)
-        report.undo.append(functools.partial(setattr, cls, "kernel_layer_name", had) if had is not _UNDECIDED else
-                           functools.partial(delattr, cls, "kernel_layer_name"))
+        for name in [name for name, value in vars(cls).items() if before.get(name) is not value]:
+            report.undo.append(functools.partial(setattr, cls, name, before[name]) if name in before else
+                               functools.partial(delattr, cls, name))
     for module in model.modules():  # what kernelize sets on others too, their own forward among it, is undone
         if "forward" not in vars(module):
             report.undo.append(functools.partial(vars(module).pop, "forward", None))
@@ -206,37 +194,10 @@ class _Repository:
         return self
 
 
-def _router_forward(family: Family, own):
-    """A forward for routers of this family, which takes and returns what `own` does."""
-    def route(self, hidden_states, *bias):
-        call = getattr(self, _CALL, _UNDECIDED)
-        if call is _UNDECIDED:
-            call = _decide(self, "moe.topk", functools.partial(_router_call, family))
-        if call is None or _records_gradients(self, hidden_states, self.weight):
-            return own(self, hidden_states, *bias)
-        logits = family.logits(self, hidden_states)
-        weights, ids = torch.ops.kernel_registry.moe_topk(logits, family.bias(self, bias), **call)
-        return logits, weights, ids.long()
-
-    if family.takes_bias:
-        def forward(self, hidden_states, e_score_correction_bias):
-            return route(self, hidden_states, e_score_correction_bias)
-    else:
-        def forward(self, hidden_states):
-            return route(self, hidden_states)
-    forward.kernel_registry_own = own
-    return forward
-
-
-def _router_call(family: Family, module):
-    call = modules.read_router(module, family)
-    return call, _choose("moe.topk", *modules.router_example(module, family, call))
-
-
 # ---- experts ---------------------------------------------------------------------------------------------------------
 
 def _switch_experts(report: Report, model) -> None:
-    calls, topk = {}, _topk(model)
+    calls = {}
     for name, module in model.named_modules():
         if not modules.is_experts(module):
             if type(module).__name__.endswith("Experts"):
@@ -245,7 +206,10 @@ def _switch_experts(report: Report, model) -> None:
         try:
             if not hasattr(model, "set_experts_implementation"):
                 raise Declined(f"{type(model).__name__} is no model of transformers, whose interface could be set")
-            calls[module], row = _experts_call(module, topk, lay_out=report)
+            modules.read_experts(module)  # before anything of it is changed
+            for parameter in modules.lay_out(module):
+                report.undo.append(functools.partial(_contiguous, parameter))
+            calls[module], row = experts_call(module)
         except Declined as declined:
             calls[module] = None
             report.rows.append(_stays(name, module, "moe.experts", str(declined)))
@@ -257,7 +221,8 @@ def _switch_experts(report: Report, model) -> None:
     _register(report)
     report.undo.append(functools.partial(model.set_experts_implementation, before))
     for module, call in calls.items():
-        for name, value in ((_CALL, call), (_OWN, module.config._experts_implementation)):
+        own = own_experts(_interface_of(module), module, module.config._experts_implementation)
+        for name, value in ((CALL, call), (OWN, own)):
             setattr(module, name, value)
             report.undo.append(functools.partial(delattr, module, name))
     model.set_experts_implementation(NAME)
@@ -267,94 +232,14 @@ def _switch_experts(report: Report, model) -> None:
                            f"experts_implementation={NAME!r}; enable the submodel that it is in")
 
 
-def _experts_call(module, topk: int | None = None, *, lay_out: Report | None = None):
-    call = modules.read_experts(module)
-    if lay_out is not None:
-        for parameter in modules.lay_out(module):
-            lay_out.undo.append(functools.partial(_contiguous, parameter))
-    elif module.is_transposed and not module.down_proj.transpose(1, 2).is_contiguous():
-        raise Declined("its weights are stored [E, in, out]; enable(model) gives them the kernels' memory order")
-    weight = module.down_proj
-    dtype = weight.dtype if weight.element_size() > 1 else getattr(module.config, "dtype", None) or torch.bfloat16
-    example = modules.experts_example(module, call, dtype, topk or _topk(module))
-    return call, _choose("moe.experts", *example)
+def _interface_of(module):
+    """Which of the two interfaces dispatches this module: it is in the decorator's closure of its forward."""
+    cells = inspect.getclosurevars(type(module).forward).nonlocals
+    return cells.get("experts_interface", _interfaces()[0])
 
 
 def _contiguous(parameter) -> None:
     parameter.data = parameter.data.contiguous()
-
-
-def _topk(module) -> int:
-    """How many experts a token has, by the config: for the report and the first binding; a call brings its own."""
-    config = module.config.get_text_config() if hasattr(module.config, "get_text_config") else module.config
-    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
-    return next((value for name in names if isinstance(value := getattr(config, name, None), int)), 1)
-
-
-def _experts_forward(interface):
-    """What the interface calls instead of a module's own forward."""
-    def forward(self, hidden_states, top_k_index, top_k_weights):
-        call = getattr(self, _CALL, _UNDECIDED)
-        if call is _UNDECIDED:
-            call = _decide(self, "moe.experts", _experts_call)
-        if call is None or _records_gradients(self, hidden_states, self.down_proj) or \
-                (self.down_proj.element_size() > 1 and hidden_states.dtype != self.down_proj.dtype):
-            own = interface.get_interface(getattr(self, _OWN, OWN), type(self).forward.__wrapped__)
-            return own(self, hidden_states, top_k_index, top_k_weights)
-        (w13, w2), more = modules.experts_tensors(self)
-        return torch.ops.kernel_registry.moe_experts(
-            hidden_states.contiguous(), w13, w2, top_k_weights.contiguous(), top_k_index.contiguous(), **more, **call)
-
-    forward.users = []
-    return forward
-
-
-# ---- choosing --------------------------------------------------------------------------------------------------------
-
-def _choose(op: str, args: tuple, kwargs: dict) -> PlanRow:
-    """Binds the kernel of this call of a torch op, so that nothing is left to import when a model runs. Raises
-    Declined where the registry has none, and what an override that can't be followed raises."""
-    entry = registry.catalog.op(op)
-    traits, args, _ = entry.contract.unpack(*args, **kwargs)
-    where = torch_ops.place(registry, args[0])
-    platform = parse_platform(registry, where.get("platform", HOST))
-    row = plan_call(registry, entry, Workload(op, traits, {}, 1), platform)
-    if row.implementation is None:
-        raise Declined(row.why)
-    registry.bind(op, **traits, **where)
-    return row
-
-
-def _decide(module, op: str, read) -> dict | None:
-    """The call of a module that no `enable(model)` has seen, when it first runs."""
-    if torch.compiler.is_compiling():
-        raise RuntimeError(f"{type(module).__name__} was not decided before torch.compile traced it: call "
-                           "kernel_registry.integrations.transformers.enable(model), or the model once, before")
-    try:
-        call, row = read(module)
-        _tell(f"{type(module).__name__}: {op} -> {row.implementation}: {row.why}", logging.INFO)
-    except (Declined, *REFUSALS) as declined:
-        call = None
-        _tell(f"{type(module).__name__} stays with transformers: {declined}")
-    setattr(module, _CALL, call)
-    _decided.add(module)
-    return call
-
-
-def _records_gradients(module, *tensors) -> bool:
-    if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors):
-        return False
-    if not torch.compiler.is_compiling():
-        _tell(f"{type(module).__name__}: calls that record gradients run transformers' own code; torch.no_grad() or "
-              "torch.inference_mode() gives them to the registry")
-    return True
-
-
-def _tell(line: str, level: int = logging.WARNING) -> None:
-    """One log line a text, once."""
-    if line not in _told:
-        _told.add(line)
-        _log.log(level, line)
 
 
 def _serves(name: str, module, row: PlanRow) -> Row:

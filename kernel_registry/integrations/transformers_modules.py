@@ -20,6 +20,7 @@ from ..registry import Registry
 from ..traits.experts import ACTIVATION
 
 _KNOWN_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+_TOPK = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")  # fields of configs
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 _TOKENS, _COLUMNS = 16, 24  # of the comparisons
 _compared: dict[tuple, str] = {}  # what came of those of routers
@@ -168,12 +169,19 @@ def experts_tensors(module) -> tuple[tuple, dict]:
     return (w13, w2), more
 
 
-def experts_example(module, call: Mapping, dtype: torch.dtype, topk: int) -> tuple[tuple, dict]:
+def experts_example(module, call: Mapping) -> tuple[tuple, dict]:
     """(args, kwargs) of moe_experts as a forward of these experts passes them, for no token."""
     (w13, w2), more = experts_tensors(module)
+    dtype = w2.dtype if w2.element_size() > 1 else getattr(module.config, "dtype", None) or torch.bfloat16
     hidden = w2.new_empty((0, w2.shape[1]), dtype=dtype)
-    weights, ids = (w2.new_empty((0, topk), dtype=d) for d in (torch.float32, torch.int64))
+    weights, ids = (w2.new_empty((0, _topk(module)), dtype=d) for d in (torch.float32, torch.int64))
     return (hidden, w13, w2, weights, ids), {**more, **call}
+
+
+def _topk(module) -> int:
+    """How many experts a token has, by the config: for the report and the first binding; a call brings its own."""
+    config = module.config.get_text_config() if hasattr(module.config, "get_text_config") else module.config
+    return next((value for name in _TOPK if isinstance(value := getattr(config, name, None), int)), 1)
 
 
 def lay_out(module) -> "list[torch.nn.Parameter]":
