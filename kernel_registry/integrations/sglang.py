@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import Mapping, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -25,17 +25,20 @@ from .report import Report, Row
 from .sglang_calls import Declined
 from .switch import switched_on
 
+if TYPE_CHECKING:
+    from ..planning import PlanRow
+
 SETTING, OP = "KERNEL_REGISTRY_SGLANG", "moe.topk"
 _log = logging.getLogger(__name__)
 
 
 class Decision(NamedTuple):
-    """What came of one kind of call: the arguments of moe_topk, or why it stays with SGLang."""
+    """What came of one kind of call: the arguments of moe_topk and what they get, or why it stays with SGLang."""
 
-    call: calls.Call | None
-    traits: Mapping[str, object]
     told: str
-    why: str
+    call: calls.Call | None
+    row: PlanRow | None
+    why: str = ""
 
 
 _routers: dict[str, calls.Router] = {}  # the hooked functions
@@ -159,36 +162,33 @@ def _decide(name: str, num_experts: int, dtype: torch.dtype, device: str, bias: 
 def _first_sight(name, num_experts, dtype, device, bias, settings) -> Decision:
     from sglang.srt.layers.moe.topk import _fused_gate_masks_padded_rows
 
-    from ..errors import NoImplementationError, TraitError
-    from ..registry import registry
-    from ..torch_ops import place
+    from ..errors import TraitError
+    from ..torch_ops import bind
 
     told = ", ".join(f"{n}={v}" for n, v in {"num_experts": num_experts, **settings}.items() if v is not None)
     try:
         call = calls.read(name, bias, settings, _fused_gate_masks_padded_rows)
         logits = torch.empty((0, num_experts), dtype=dtype, device=device)
-        traits = registry.catalog.op(OP).contract.unpack(
-            logits, None if bias is None else logits.new_empty(num_experts, dtype=bias[0]), **call.arguments())[0]
-        traits.update(place(registry, logits))
-        registry.bind(OP, **traits)  # imports the kernel now; an override that can't be followed raises
-    except (Declined, NoImplementationError, TraitError) as declined:
+        row = bind(OP, logits, None if bias is None else logits.new_empty(num_experts, dtype=bias[0]),
+                   **call.arguments())
+        if row.implementation is None:
+            raise Declined(row.why)
+    except (Declined, TraitError) as declined:
         _log.warning("kernel_registry: %s(%s) stays with SGLang: %s", name, told, declined)
-        return Decision(None, {}, told, str(declined))
-    decision = Decision(call, traits, told, "")
-    _log.info("kernel_registry: %s(%s) runs %s: %s", name, told, *_chosen(decision))
-    return decision
+        return Decision(told, None, None, str(declined))
+    _log.info("kernel_registry: %s(%s) runs %s: %s", name, told, row.implementation, row.why)
+    return Decision(told, call, row)
 
 
 def _chosen(decision: Decision) -> tuple[str | None, str]:
     """The kernel that a kind of call has at this moment, and why."""
-    if decision.call is None:
+    if decision.row is None:
         return None, decision.why
-    from ..contract import Workload
-    from ..planning import HOST, parse_platform, plan_call
+    from ..planning import parse_platform, plan_call
     from ..registry import registry
 
-    platform = parse_platform(registry, decision.traits.get("platform", HOST))
-    row = plan_call(registry, registry.catalog.op(OP), Workload(OP, decision.traits, {}, 1), platform)
+    platform = parse_platform(registry, decision.row.platform)
+    row = plan_call(registry, registry.catalog.op(OP), decision.row.workload, platform)
     return row.implementation, row.why
 
 
