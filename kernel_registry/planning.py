@@ -63,7 +63,7 @@ def plan_model(registry: Registry, config: "str | Mapping | ModelConfig",
     rows = []
     for op in registry.catalog.ops.values():
         for workload in op.contract.workloads(config):
-            rows += [_row(registry, op, workload, platform) for platform in targets]
+            rows += [plan_call(registry, op, workload, platform) for platform in targets]
     return rows
 
 
@@ -91,7 +91,9 @@ def freeze_model(registry: Registry, config: "str | Mapping | ModelConfig", plat
     return Plan(str(where), versions(), tuple(calls[key] for key in sorted(calls)))
 
 
-def _row(registry: Registry, op: Op, workload: Workload, platform: Platform) -> PlanRow:
+def plan_call(registry: Registry, op: Op, workload: Workload, platform: Platform) -> PlanRow:
+    """What one call of an op gets on one platform, and why; a model's config gives such calls, and so do the modules of
+    a runtime."""
     explanation = registry.explain(op.name, **{**workload.traits, **_platform_traits(op, platform)})
     winners = [op.by_name[name] for case in explanation.cases if (name := case.winner) is not None]
     fast = bool(winners) and not any(w.fallback for w in winners) and explanation.winner is not None
