@@ -55,9 +55,15 @@ class Report:
         return "\n".join(lines)
 
     def disable(self) -> None:
-        """Everything as it was before; a second time nothing."""
+        """Everything as it was before; a second time nothing. What can't be undone does not keep the rest from it."""
+        errors = []
         while self.undo:
-            self.undo.pop()()
+            try:
+                self.undo.pop()()
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def __enter__(self) -> "Report":
         return self

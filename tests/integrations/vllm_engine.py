@@ -79,6 +79,7 @@ def reference(where: Path) -> dict:
 def generate(where: Path, eager: bool) -> dict:
     """The same by vLLM's engine, all prompts at once."""
     from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
 
     llm = LLM(str(where), dtype="float32", enforce_eager=eager, max_model_len=64, max_num_seqs=8, block_size=32,
               distributed_executor_backend="uni" if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0" else None,
@@ -86,8 +87,21 @@ def generate(where: Path, eager: bool) -> dict:
     sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=0, detokenize=False)
     done = [r.outputs[0] for r in llm.generate([{"prompt_token_ids": p} for p in PROMPTS], sampling, use_tqdm=False)]
     report = llm.collective_rpc("kernel_registry_report")[0]
+    del llm
+    cleanup_dist_env_and_memory()
     return {"tokens": [list(d.token_ids) for d in done], "report": report,
             "logprobs": [[next(iter(step.values())).logprob for step in d.logprobs] for d in done]}
+
+
+def kernel_calls() -> dict[str, dict[str, int]]:
+    """Per process: "here" or "another", what vllm_counts.py noted since the last look: "op kernel" -> calls."""
+    found = {}
+    for file in Path(os.environ["KERNEL_CALLS"]).iterdir():
+        calls = found.setdefault("here" if file.name == str(os.getpid()) else "another", {})
+        for line in file.read_text().splitlines():
+            calls[line] = calls.get(line, 0) + 1
+        file.unlink()
+    return found
 
 
 def main(folder: str, mode: str, *names: str) -> None:
@@ -98,6 +112,7 @@ def main(folder: str, mode: str, *names: str) -> None:
             results[name] = reference(where) if mode == "reference" else generate(where, mode == "eager")
         except Exception as error:
             results[name] = {"error": f"{type(error).__name__}: {error}"}
+        results[name]["calls"] = kernel_calls()
     print("RESULT " + json.dumps(results), flush=True)
 
 

@@ -66,7 +66,8 @@ def test_the_engine_imports_nothing_from_ops(path):
     for name, at_import in imports(path):
         assert not within(name, "kernel_registry.ops") and not within(name, "ops"), f"{path} imports {name}"
         heavy = name.partition(".")[0] in ("torch", "triton", "numpy")
-        allowed = path == "kernel_registry/torch_ops.py"
+        allowed = path in ("kernel_registry/torch_ops.py", "kernel_registry/nn.py") or \
+            path.startswith("kernel_registry/integrations/")
         assert allowed or not (heavy and at_import), f"{path} imports {name} when it is imported"
     named = [node.value for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8")))
              if isinstance(node, ast.Constant) and isinstance(node.value, str)

@@ -1,8 +1,9 @@
 """vLLM's cache of compiled models, told about the plugin.
 
-vLLM keeps compiled models on disk and finds them by its settings and by the sources that were traced. Neither knows of
-this plugin when it loads what was compiled without it, and the registry's kernels would not run. The settings that count are
-the entries of `vllm.envs.environment_variables`: one more of them says what the plugin serves here.
+vLLM keeps compiled models on disk and finds them by its settings and by the sources that were traced. Neither tells a
+model that was compiled without this plugin, whose graph (on a CPU, where vLLM traces the routing too) would run without
+the registry's kernels. The settings that count are the entries of `vllm.envs.environment_variables`: one more of them
+says what the plugin serves here.
 """
 
 from __future__ import annotations

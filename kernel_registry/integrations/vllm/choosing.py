@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Mapping
 
 from ...contract import Workload
-from ...errors import RegistryError
+from ...errors import NoImplementationError, TraitError
 from ...planning import HOST, PlanRow, parse_platform, plan_call
 from ...registry import registry
 from ..report import Row
@@ -42,15 +42,16 @@ class Module:
 
 
 def choose(op: str, traits: Mapping[str, object]) -> None:
-    """Binds the kernel of these traits, so that nothing is left to import when a model runs. Raises Declined."""
+    """Binds the kernel of these traits, so that nothing is left to import when a model runs. Raises Declined where the
+    registry has none, and what an override that can't be followed raises."""
     try:
         row = _plan(op, traits)
-        if row.implementation is None:
-            raise Declined(row.why)
-        if not row.fast and row.platform != "cpu" and not _overridden(row):
+        if not row.fast and row.implementation and row.platform != "cpu" and not _overridden(row):
             raise Declined(row.why)  # on a GPU vLLM's own kernel is faster than a fallback
         registry.bind(op, **traits, **here())
-    except RegistryError as error:
+    except NoImplementationError as error:
+        raise Declined(row.why) from error
+    except TraitError as error:
         raise Declined(str(error)) from error
 
 
