@@ -49,10 +49,8 @@ def choose(op: str, traits: Mapping[str, object]) -> None:
         if not row.fast and row.implementation and row.platform != "cpu" and not _overridden(row):
             raise Declined(row.why)  # on a GPU vLLM's own kernel is faster than a fallback
         registry.bind(op, **traits, **here())
-    except NoImplementationError as error:
-        raise Declined(row.why) from error
-    except TraitError as error:
-        raise Declined(str(error)) from error
+    except (NoImplementationError, TraitError) as error:
+        raise Declined(" ".join(f"{error.message}: {error.hint}".split())) from error  # a log line is one line
 
 
 def remember(kind: str, op: str, calls=(), declined: str = "") -> None:
