@@ -12,7 +12,6 @@ each time, the median of 5 rounds, in seconds. FILE.json gets the line that is p
     narrowed     float32 to bfloat16 with narrow=True, with the report of how many tokens change experts
     preparation  indexers - reading + the slower of the two biases' ways
     extra        bytes on the GPU at the peak of loading, above the model's own, beside those of one layer's projection
-    objects      Python's, that the search for views goes through
 """
 
 from __future__ import annotations
@@ -77,7 +76,7 @@ def read(paths: list[Path]) -> None:
 def load(made: nn.Module, paths: list[Path]) -> None:
     loader = Loader(made)
     loader.load_files(paths)
-    loader.finish()
+    loader.finish(registry)
 
 
 def timed(call, make) -> float:
@@ -122,7 +121,6 @@ def main():
         }
         row["preparation"] = round(row["indexers"] - row["reading"] + max(row["widened"], row["narrowed"]), 3)
         row["extra"], row["layer"] = peak(args.layers, paths), 2 * (128 + 64) * 7168
-        row["objects"] = len(gc.get_objects())
     row.update(layers=args.layers, gpu=torch.cuda.get_device_name(), torch=torch.__version__)
     print(json.dumps(row))
     with open(args.out, "a") as file:

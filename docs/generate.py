@@ -341,6 +341,9 @@ def op_section(op) -> str:
     contract, torch_name = op.contract, f"kernel_registry::{op.name.replace('.', '_')}"
     relations = ", ".join(code(r.text) for r in op.space.relations)
     kernel = "\n" + filled(f"A kernel's signature: `{inspect.signature(contract.signature)}`.")
+    if contract.prepared:
+        kernel += "\n" + filled("As `registry.prepare` makes it, for kernels that declare `prepare`: "
+                                f"{', '.join(code(name) for name in contract.prepared)}.")
     if contract.schema:
         kernel += "\n" + filled(f"As a torch op: `{torch_name}{contract.schema}`.")
     if contract.schema_out:

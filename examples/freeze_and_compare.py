@@ -2,9 +2,9 @@
 
     python examples/freeze_and_compare.py
 
-In a serving engine each rank freezes after it has bound its ops, and the fingerprints go round once with
-torch.distributed.all_gather_object. Here both ranks are registries of one process, and the platform is Triton's
-interpreter, so this needs neither a GPU nor a second process.
+In a serving engine each rank calls kernel_registry.distributed.agree() after it has bound its ops: it gathers the
+fingerprints, and raises with the difference where there is one. Here both ranks are registries of one process, and the
+platform is Triton's interpreter, so this needs neither a GPU nor a second process.
 """
 
 from __future__ import annotations

@@ -53,11 +53,11 @@ def main() -> None:
         shards = write_shards(Path(folder))
         taken = loader.load_files(shards[:1])
         try:
-            loader.finish()
+            loader.finish(registry)
         except CheckpointError as error:
             print(str(error).splitlines()[1].strip().replace(folder, "FOLDER"))
         taken |= loader.load_files(shards[1:])
-    loader.finish()
+    loader.finish(registry)
     print(f"{len(taken)} tensors taken; the third layer's and k_norm's are left to others")
 
     projection = model["model"]["layers"]["0"]["self_attn"]["indexer"].wk_weights_proj

@@ -49,6 +49,10 @@ class BoundKernel(partial):
     def set(self, request: Request, table: Table, call: Callable, tiles: Mapping[str, Tiling]) -> None:
         """Points the handle at another choice; for the registry."""
         self.request, self.table, self.tiles = request, table, tiles
+        self.run(call)
+
+    def run(self, call: Callable) -> None:
+        """Has the handle call this function from now on; for the registry."""
         self.__setstate__((call, (), {}, self.__dict__))
 
     @property
@@ -82,13 +86,10 @@ def make_call(op: Op, request: Request, table: Table, made: dict[str, Callable],
                 if implementation.tiles else None
             made[implementation.name] = make_kernel(implementation, request, tiles, op.contract)
         return made[implementation.name]
-    reader = op.contract.dynamic[table.trait]
-    first = next(iter(inspect.signature(op.contract.signature).parameters))
+    reader, first = op.contract.dynamic[table.trait], first_argument(op)
 
     def read(args, kwargs):
-        if not args and first not in kwargs:
-            raise TypeError(f"{op.name} was called without {first}")
-        return reader(args[0] if args else kwargs[first])
+        return reader(first(args, kwargs))
 
     calls = [make_call(op, request, branch, made, tilings) for branch in table.branches]
     bounds = table.bounds
@@ -103,6 +104,17 @@ def make_call(op: Op, request: Request, table: Table, made: dict[str, Callable],
         value = reader(args[0]) if args else read(args, kwargs)  # the first saves a call, and this one is in every call
         return calls[bisect_right(bounds, value)](*args, **kwargs)
     return by_range
+
+
+def first_argument(op: Op) -> Callable:
+    """A function of a call's args and kwargs: the argument that dynamic traits are read off."""
+    name = next(iter(inspect.signature(op.contract.signature).parameters))
+
+    def first(args, kwargs):
+        if not args and name not in kwargs:
+            raise TypeError(f"{op.name} was called without {name}")
+        return args[0] if args else kwargs[name]
+    return first
 
 
 def make_kernel(implementation: Implementation, request: Request,

@@ -60,6 +60,11 @@ class Contract:
         raise TypeError("this contract gives no signature")
 
     @staticmethod
+    def parameters(traits: Mapping[str, object]) -> "Mapping[str, tuple[tuple[int, ...], str]]":
+        """Shape and dtype of each argument that a layer of these canonical traits keeps from call to call."""
+        return {}
+
+    @staticmethod
     def unpack(*args, **kwargs) -> tuple[dict[str, object], tuple, dict[str, object]]:
         """One call of the torch op as (traits, args, kwargs): what to dispatch for, and what to call with. With a
         `schema_out` it has a keyword `out=None` more."""

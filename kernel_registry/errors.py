@@ -6,7 +6,7 @@ A message says where (file and line, when there is one), what was expected, and 
 
 from __future__ import annotations
 
-from typing import Iterable
+from typing import Iterable, Mapping, Sequence
 
 
 class RegistryError(Exception):
@@ -52,6 +52,14 @@ class CaptureError(RegistryError, RuntimeError):
 
 class PlanError(RegistryError):
     """A plan that can't be written, does not fit this registry, or is not batch invariant where that was asked."""
+
+
+class RankError(PlanError):
+    """Ranks that would run different kernels. `differences` has, by rank, what it has otherwise than most others."""
+
+    def __init__(self, message: str, *, differences: Mapping[int, Sequence[str]], **more):
+        super().__init__(message, **more)
+        self.differences = differences
 
 
 class InputError(RegistryError, ValueError):

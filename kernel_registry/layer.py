@@ -59,7 +59,7 @@ def _workload(source: Registry, op: str, config: "ModelConfig") -> "Workload | N
 
 
 def moe_layer(config: "str | Mapping | ModelConfig | LayerTraits", w13, w2, *, correction_bias=None,
-              shared_expert: Callable | None = None, shared_stream=None, registry: Registry = shipped,
+              shared_expert: Callable | None = None, shared_stream=None, group=None, registry: Registry = shipped,
               **tensors) -> "MoELayer":
     """The layer of a model with these weights, its kernels bound.
 
@@ -69,6 +69,8 @@ def moe_layer(config: "str | Mapping | ModelConfig | LayerTraits", w13, w2, *, c
     correction_bias  exactly where the router has one
     shared_expert    called with hidden_states, returns what is added; a call may bring `shared_output` instead
     shared_stream    a torch.cuda.Stream for it, beside routing and experts
+    group            a torch.distributed process group over whose ranks the experts are spread: all of them make the
+                     layer and call it together, each with tokens of its own (expert_parallel.py)
     registry         of the three ops
     tensors          the others of moe.experts: w13_scale, w2_scale, a13_scale, a2_scale, w13_bias, w2_bias, expert_map
     Raises TraitError where config and tensors contradict each other, and what a dispatch raises.
@@ -90,8 +92,13 @@ def moe_layer(config: "str | Mapping | ModelConfig | LayerTraits", w13, w2, *, c
         raise TraitError(f"{told}, the router chooses among {routed}", where=traits.name,
                          hint="what it chooses and nobody has would count as zeros: pass an expert_map with an entry "
                               "for each of the router's experts, -1 for those of other machines")
-    return MoELayer(traits, w13, w2, {name: tensors.get(name) for name in _TENSORS}, correction_bias, shared_expert,
-                    shared_stream, registry)
+    given = (traits, w13, w2, {name: tensors.get(name) for name in _TENSORS}, correction_bias, shared_expert,
+             shared_stream, registry)
+    if group is None:
+        return MoELayer(*given)
+    from .expert_parallel import ExpertParallelLayer
+
+    return ExpertParallelLayer(*given, group)
 
 
 @dataclass(eq=False)
@@ -125,14 +132,18 @@ class MoELayer:
         if self.w13.device.type == "cpu" and self.registry.platform().kind in ("cuda", "hip"):
             for traits in self.requests.values():
                 traits["platform"] = "cpu"
-        self.kernels = {op: self.registry.bind(op, **traits) for op, traits in self.requests.items()}
-        self._into = self.registry.bind(EXPERTS, **{**experts, "output_alias": True})
+        self._bind()
         self._context = copy_context()  # overrides that the layer was made under hold for its explanation too
         self._streams = None
         if self.shared_stream is not None:
             import torch
 
             self._streams = torch.cuda
+
+    def _bind(self) -> None:
+        """The kernels of `requests`."""
+        self.kernels = {op: self.registry.bind(op, **traits) for op, traits in self.requests.items()}
+        self._into = self.registry.bind(EXPERTS, **{**self.requests[EXPERTS], "output_alias": True})
 
     def __call__(self, hidden_states, router_logits, *, shared_output=None, num_token_non_padded=None, out=None,
                  observe: Callable | None = None):

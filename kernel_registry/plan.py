@@ -19,10 +19,10 @@ from .contract import Request
 from .document import write_whole
 from .errors import OverrideError, PlanError, RegistryError
 from .overrides import Layer, Rule
+from .plan_diff import differences, spelt
 from .selection import Table
 from .tiles import Tiling, Tuned
 from .traits.platform import Platform
-from .traits.trait import written
 
 if TYPE_CHECKING:
     from .state import State
@@ -66,51 +66,32 @@ class Plan:
     def load(cls, path: str | Path) -> "Plan":
         """The plan in a file that `save` wrote. Raises PlanError for anything else."""
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            text = Path(path).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise PlanError(f"is not a plan: {error}", where=path, hint="freeze() writes one") from error
+        return cls.parse(text, path)
+
+    @classmethod
+    def parse(cls, text: str, source: str | Path) -> "Plan":
+        """The plan that `text()` wrote; `source` says where it was found. Raises PlanError for anything else."""
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise PlanError(f"is not a plan: {error}", where=source, hint="freeze() writes one") from error
         if not isinstance(data, dict) or data.get("version") != VERSION:
-            raise PlanError(f"is not a plan of version {VERSION}", where=path, hint="freeze again with this release")
+            raise PlanError(f"is not a plan of version {VERSION}", where=source, hint="freeze again with this release")
         if not (set(data) == {"version", "device", "versions", "calls"} and isinstance(data["device"], str)
                 and isinstance(data["versions"], dict) and isinstance(data["calls"], list)):
-            raise PlanError("is not a whole plan", where=path, hint="freeze() writes one")
+            raise PlanError("is not a whole plan", where=source, hint="freeze() writes one")
         for index, call in enumerate(data["calls"]):
             if not _is_call(call):
-                raise PlanError(f"is not a whole plan: call {index} is malformed", where=path,
+                raise PlanError(f"is not a whole plan: call {index} is malformed", where=source,
                                 hint="freeze() writes one")
-        return cls(data["device"], data["versions"], tuple(data["calls"]), source=str(path))
+        return cls(data["device"], data["versions"], tuple(data["calls"]), source=str(source))
 
     def diff(self, other: "Plan") -> list[str]:
         """What `other` has otherwise, a line each, calls told by op and traits; empty for equal fingerprints."""
-        lines = []
-        if self.device != other.device:
-            lines.append(f"device: {self.device} -> {other.device}")
-        for package in sorted({*self.versions, *other.versions}):
-            a, b = self.versions.get(package, "absent"), other.versions.get(package, "absent")
-            if a != b:
-                lines.append(f"{package}: {a} -> {b}")
-        mine, theirs = ({_title(call): call for call in plan.calls} for plan in (self, other))
-        for title in sorted({*mine, *theirs}):
-            a, b = mine.get(title), theirs.get(title)
-            if a is None or b is None:
-                lines.append(f"{'+' if a is None else '-'} {title}: {_choices(b or a)}")
-                continue
-            if a["table"] != b["table"]:
-                lines.append(f"~ {title}: {_choices(a)} -> {_choices(b)}")
-            for name in sorted({*a["sources"]} & {*b["sources"]}):
-                apart = list(_tiles_apart(*(call.get("tiles", {}).get(name, {}) for call in (a, b))))
-                lines += [f"~ {title}: tiles of {name}: {told}" for told in apart]
-                if a["sources"][name] != b["sources"][name] and not apart:  # tiles are a part of the source
-                    lines.append(f"~ {title}: the source of {name} changed")
-                had, has = (call.get("prepare", {}).get(name, "absent") for call in (a, b))
-                if had != has:
-                    lines.append(f"~ {title}: the preparation of {name}: {had} -> {has}")
-                had, has = (_json(call.get("options", {}).get(name, {})) for call in (a, b))
-                for option in sorted({*had, *has}):
-                    if had.get(option) != has.get(option):
-                        lines.append(f"~ {title}: option {option} of {name}: {had.get(option, 'absent')} -> "
-                                     f"{has.get(option, 'absent')}")
-        return lines
+        return list(differences(self, other))
 
     def checked(self, catalog: Catalog, tuned: Tuned) -> "Plan":
         """This plan; raises PlanError when it does not fit `catalog`, and the tiles that are `tuned`, any more."""
@@ -140,7 +121,7 @@ class Plan:
                     yield f"{op.name}: the tiles of {name} for {tiles['device']} changed since the plan was frozen"
                 elif _source(found, tiles) != source:
                     yield f"{op.name}: the source of {name} changed since the plan was frozen"
-                if _json(found.options) != _json(call.get("options", {}).get(name, {})):
+                if spelt(found.options) != spelt(call.get("options", {}).get(name, {})):
                     yield f"{op.name}: the options of {name} changed since the plan was frozen"
         except RegistryError as error:
             yield error.message
@@ -182,11 +163,6 @@ def _is_call(call: object) -> bool:
                     and isinstance(tiles["num_tokens"], dict) and all(map(str.isdecimal, tiles["num_tokens"]))
                     and isinstance(tiles["serves"], list)
                     for name, tiles in call.get("tiles", {}).items()))
-
-
-def _json(options: Mapping[str, object]) -> dict[str, str]:
-    """`options` with their values as JSON: 1, 1.0 and true are equal in Python, and three different options."""
-    return {name: json.dumps(value) for name, value in options.items()}
 
 
 def freeze(state: "State", *, batch_invariant: bool = False) -> Plan:
@@ -239,16 +215,6 @@ def _source(implementation: Implementation, tiles: dict | None) -> str:
     more += [implementation.prepare] if implementation.prepare else []
     tuned = tiles["num_tokens"] if tiles else {}
     return targets.source_hash(implementation.target, *more, data=json.dumps(tuned, sort_keys=True) if tuned else "")
-
-
-def _tiles_apart(a: dict, b: dict) -> Iterator[str]:
-    """What differs between the tiles that two plans hold for one implementation."""
-    if a.get("device") != b.get("device"):
-        yield f"for {a.get('device', 'an unknown device')} -> for {b.get('device', 'an unknown device')}"
-    had, has = ({n: json.dumps(tile) for n, tile in tiles.get("num_tokens", {}).items()} for tiles in (a, b))
-    for count in sorted({*had, *has}, key=int):
-        if had.get(count) != has.get(count):
-            yield f"for {count} tokens: {had.get(count, 'not tuned')} -> {has.get(count, 'not tuned')}"
 
 
 def _could_match(rule: Rule, kernel) -> bool:
@@ -304,14 +270,3 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "absent"
     return found
-
-
-def _title(call: dict) -> str:
-    scope = f"[{call['model']}] " if call["model"] else ""
-    return f"{scope}{call['op']}({', '.join(f'{k}={written(v)}' for k, v in sorted(call['traits'].items()))})"
-
-
-def _choices(call: dict) -> str:
-    rows = [(row["implementation"], json.dumps(row["when"]).replace('"', ""), row["decided_by"])
-            for row in call["table"]]
-    return " | ".join(f"{name}{f' when {when}' if when != '{}' else ''} ({by})" for name, when, by in rows)

@@ -4,19 +4,22 @@ An implementation that declares `prepare: module:function` takes some of its arg
 `prepared`, only as that function leaves them. The function gets what the caller has (a module, a tensor, a mapping),
 the traits that it names as keywords, and the caller's own keywords; it returns tensors or modules, one or a tuple, list
 or mapping of them, or a `contract.Prepared` with a report beside them. Each is given a tag, and so are a module's own
-parameters, which are what its kernel is given. A kernel compares the tag
-with what it was bound for and raises PreparationError where it is another, or none: no kernel prepares in a forward
-pass.
+parameters, which are what its kernel is given. A kernel compares the tag with what it was bound for and raises
+PreparationError where it is another, or none: no kernel prepares in a forward pass.
 
 A tag is an attribute of the object. It stays with a parameter through `module.to(device)`, and is gone from what
-takes the parameter's place: a copy, `load_state_dict(assign=True)`. A tensor whose dtype or shape is not the one it was
-prepared with counts as not prepared.
+takes the parameter's place: a copy, what was saved, `load_state_dict(assign=True)`. A tensor whose dtype or shape is
+not the one it was prepared with counts as not prepared. Values have no part in it: who writes raw ones into what was
+prepared from such has to prepare again.
+
+torch.compile sees the tag as a constant that it guards: a graph is traced once, and again for another tag.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
+from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Callable, Iterable, Mapping
 
@@ -46,6 +49,11 @@ class Preparation:
     def __str__(self):
         shown = ", ".join(f"{name}={written(value)}" for name, value in self.traits.items())
         return f"{self.op}'s {self.implementation} ({shown})"
+
+    def __reduce__(self):
+        """A deep copy and what is saved are not prepared: in the tag's place they have an empty OrderedDict, which
+        torch.load takes without trusting the file."""
+        return OrderedDict, ()
 
     def serves(self, other: "Preparation") -> bool:
         """Whether a kernel that wants `other` takes what has this tag: one function and the same traits give the same,
@@ -139,8 +147,10 @@ def checking(kernel: Callable, implementation: "Implementation", request: Reques
 
 def capturing() -> bool:
     """Whether a CUDA graph is being captured; cheap enough to be asked in every call."""
-    cuda = getattr(sys.modules.get("torch"), "cuda", None)
-    return cuda is not None and cuda.is_initialized() and cuda.is_current_stream_capturing()
+    torch = sys.modules.get("torch")
+    if torch is None or torch.compiler.is_compiling():  # which can't trace the question, and captures later
+        return False
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def refuse_capture(what: object) -> None:
@@ -182,8 +192,10 @@ def _function(implementation: "Implementation", request: Request) -> tuple[Calla
         raise TargetError(f"{implementation.prepare} takes `**{parameters[-1].name}`, so that nothing says which "
                           "traits it prepares for", where=implementation.where, hint="name each trait as a keyword")
     named = {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
-    known = {*request.traits, *request.open}
-    return function, {name: value for name, value in static.items() if name in named}, named - known
+    if late := sorted(named & {*request.open}):
+        raise TargetError(f"{implementation.prepare} names {', '.join(late)}, which is read off each call",
+                          where=implementation.where, hint="what is done once, at load, can't depend on it")
+    return function, {name: value for name, value in static.items() if name in named}, named - {*request.traits}
 
 
 def _places(contract: type[Contract]) -> list[tuple[int | None, str]]:

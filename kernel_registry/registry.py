@@ -8,6 +8,7 @@ A cached dispatch reads one ContextVar and one dict.
 from __future__ import annotations
 
 import threading
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Mapping
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:  # the modules behind these names are imported on first use: i
     from pathlib import Path
 
     from .bound import BoundKernel
+    from .captures import Capture
     from .catalog import Catalog
     from .explain import Explanation
     from .plan import Plan
@@ -48,6 +50,8 @@ class Registry:
         self._files: tuple = ()
         self._tiles: tuple = ()
         self._plan: "Plan | None" = None
+        self._captures: "dict[str, Capture]" = {}
+        self._capturing = False
         self._lock = threading.RLock()
         self._scope: ContextVar[Scope | None] = ContextVar("kernel_registry_scope", default=None)
         self._state: "State | None" = None
@@ -124,23 +128,50 @@ class Registry:
         """`with registry.model("draft"):` also applies the override lines that say `model: draft`."""
         return Override(self, "model", "", name, {})
 
-    def load_overrides(self, path: "str | Path", *, allow_targets: bool = False) -> None:
-        """Adds an override file, stronger than those loaded before. Kernels bound earlier follow. Whole or not at all.
+    def load_overrides(self, path: "str | Path", *, allow_targets: bool = False) -> "tuple[Capture, ...]":
+        """Adds an override file, stronger than those loaded before. Kernels bound earlier follow; the captured graphs
+        that can't are returned. Whole or not at all.
 
         A file may add implementations (arbitrary imports) only with `allow_targets=True`."""
         with self._lock:
-            self._swap(files=(*self._files, (str(path), allow_targets)))
+            return self._swap(files=(*self._files, (str(path), allow_targets)))
 
-    def load_tiles(self, path: "str | Path") -> None:
+    def load_tiles(self, path: "str | Path") -> "tuple[Capture, ...]":
         """Adds a tiles file, stronger than those loaded before and than the one beside the registry file. Kernels bound
-        earlier follow. Whole or not at all."""
+        earlier follow; the captured graphs that can't are returned. Whole or not at all."""
         with self._lock:
-            self._swap(tiles=(*self._tiles, str(path)))
+            return self._swap(tiles=(*self._tiles, str(path)))
 
-    def reload(self) -> None:
-        """Reads every file again and detects the platform again; kernels bound earlier follow. Whole or not at all."""
+    def reload(self) -> "tuple[Capture, ...]":
+        """Reads every file again and detects the platform again; kernels bound earlier follow; the captured graphs that
+        can't are returned. Whole or not at all."""
         with self._lock:
-            self._swap()
+            return self._swap()
+
+    # ---- captured graphs ---------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def capture(self, name: str):
+        """`with registry.capture("decode, 16 tokens"), torch.cuda.graph(graph):` notes which kernels the graph holds,
+        in the place of what was captured under that name before. Only a whole capture is noted."""
+        from .captures import Capture, noted
+        from .errors import CaptureError
+
+        with self._lock:
+            if self._capturing:
+                raise CaptureError(f"{name!r} is captured inside another capture", hint="capture one after the other")
+            state, self._capturing = self.state, True
+            try:
+                with noted(state) as calls:
+                    yield
+            finally:
+                self._capturing = False
+            self._captures[name] = Capture(name, tuple(calls.values()))
+
+    @property
+    def captures(self) -> "tuple[Capture, ...]":
+        """What every graph that was captured under `capture` holds; `.outdated` tells what would run otherwise now."""
+        return tuple(self._captures.values())
 
     # ---- freezing ----------------------------------------------------------------------------------------------------
 
@@ -154,16 +185,17 @@ class Registry:
 
         return freeze(self.state, batch_invariant=batch_invariant)
 
-    def load_plan(self, plan: "Plan | str | Path", *, strict: bool = True) -> None:
+    def load_plan(self, plan: "Plan | str | Path", *, strict: bool = True) -> "tuple[Capture, ...]":
         """From now on, choices are the plan's. Raises PlanError, changing nothing, when an implementation is gone, its
-        source changed, or it can't serve what the plan says. `strict`: a call that the plan does not hold raises."""
+        source changed, or it can't serve what the plan says. `strict`: a call that the plan does not hold raises.
+        Returns the captured graphs that hold something else."""
         from dataclasses import replace
 
         from .plan import Plan
 
         plan = plan if isinstance(plan, Plan) else Plan.load(plan)
         with self._lock:
-            self._swap(plan=replace(plan, strict=strict))
+            return self._swap(plan=replace(plan, strict=strict))
 
     # ---- looking -----------------------------------------------------------------------------------------------------
 
@@ -206,9 +238,14 @@ class Registry:
             cache[(op, implementation, *traits, *traits.values(), *map(type, traits.values()))] = kernel
             return kernel
 
-    def _swap(self, files: tuple | None = None, plan: "Plan | None" = None, tiles: tuple | None = None) -> None:
+    def _swap(self, files: tuple | None = None, plan: "Plan | None" = None, tiles: tuple | None = None
+              ) -> "tuple[Capture, ...]":
         """Builds a new state, moves every live kernel over, then replaces the old state; on any error, nothing."""
+        from .errors import CaptureError
         from .state import State
+
+        if self._capturing:
+            raise CaptureError("files can't be read again while a capture is noted", hint="reload after the capture")
 
         files, plan = self._files if files is None else files, plan or self._plan
         tiles = self._tiles if tiles is None else tiles
@@ -218,6 +255,7 @@ class Registry:
         for kernel, *choice in moves:
             kernel.set(*choice)
         self._files, self._tiles, self._plan, self._state, self._cache = files, tiles, plan, fresh, {}
+        return tuple(capture for capture in self.captures if capture.outdated)
 
 
 class Override:

@@ -1,11 +1,11 @@
-"""A router and the correction bias that it reads: bound and prepared together, once, at load.
+"""A router and the correction bias that it reads: bound, and prepared where that is needed, once, at load.
 
     route = moe_router(gate.e_score_correction_bias, num_experts=256, topk=8, dtype="bfloat16")
     topk_weights, topk_ids = route(router_logits, gate.e_score_correction_bias)
 
-The bias stays as the checkpoint has it wherever a router takes it so. Only where none does (an override, or a platform
-whose kernels take one dtype) is it given a dtype that the chosen router takes, by `moe.routing_bias`, which refuses to
-change a value.
+The bias stays as the checkpoint has it wherever a router, the reference among them, takes it so: then nothing is done
+to it. Only where none does (an override, `implementation`, a registry of one's own) is it given a dtype that the chosen
+router takes, by `moe.routing_bias`, which refuses to change a value.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ def moe_router(bias, *, registry: Registry = shipped, narrow: bool = False, impl
         except REFUSALS as error:
             refusal = refusal or error
             continue
-        registry.prepare(ROUTING_BIAS, bias, bias_dtype=dtype, narrow=narrow, **traits)
+        if dtype != own:
+            registry.prepare(ROUTING_BIAS, bias, bias_dtype=dtype, narrow=narrow, **traits)
         return route
     raise refusal

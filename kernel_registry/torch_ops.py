@@ -16,10 +16,17 @@ not `custom_op`, which costs three times as much per call.
 
 from __future__ import annotations
 
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
 import torch
 
 from .contract import Contract
+from .errors import NoImplementationError
 from .registry import Registry, registry
+
+if TYPE_CHECKING:
+    from .planning import PlanRow
 
 _library = torch.library.Library("kernel_registry", "DEF")
 
@@ -47,10 +54,13 @@ def register(source: Registry, op: str, library: torch.library.Library = _librar
 def _dispatching(source: Registry, op: str, contract: type[Contract]):
     def call(*arguments, **keywords):
         traits, args, kwargs = contract.unpack(*arguments, **keywords)
-        if args[0].device.type == "cpu" and source.platform().kind in ("cuda", "hip"):
-            traits["platform"] = "cpu"  # a tensor on the host of a GPU machine
-        return source.dispatch(op, **traits)(*args, **kwargs)
+        return source.dispatch(op, **traits, **place(source, args[0]))(*args, **kwargs)
     return call
+
+
+def place(source: Registry, tensor: torch.Tensor) -> dict[str, str]:
+    """The platform trait of a call with this tensor: none but for one on the host of a GPU machine."""
+    return {"platform": "cpu"} if tensor.device.type == "cpu" and source.platform().kind in ("cuda", "hip") else {}
 
 
 def _functional(call):
@@ -68,6 +78,22 @@ def _mutating(call):
     def mutating(out, *arguments, **keywords):
         call(*arguments, out=out, **keywords)
     return mutating
+
+
+def bind(op: str, *arguments, source: Registry = registry, **keywords) -> "PlanRow":
+    """Binds the kernel that this call of the torch op of `op` will get, whatever its number of tokens (none, say), so
+    that nothing is left to import when it comes. Returns what it is and why; `implementation` is None where nothing
+    serves the call. Raises what an override or a plan that can't be followed raises."""
+    from .contract import Workload
+    from .planning import HOST, parse_platform, plan_call
+
+    entry = source.catalog.op(op)
+    traits, args, _ = entry.contract.unpack(*arguments, **keywords)
+    where = place(source, args[0])
+    row = plan_call(source, entry, Workload(op, traits, {}), parse_platform(source, where.get("platform", HOST)))
+    with suppress(NoImplementationError):  # the row tells why
+        source.bind(op, **traits, **where)
+    return row
 
 
 for _op, _entry in registry.catalog.ops.items():

@@ -40,7 +40,7 @@ class Report:
         """The report in one line, for a log."""
         kernels = ", ".join(dict.fromkeys(f"{row.op}: {row.kernel}" for row in self.served)) or "none"
         reasons = "; ".join(dict.fromkeys(f"{row.kind}: {row.why}" for row in self.declined))
-        return (f"{self.title}: {len(self.served)} of {len(self.rows)} modules run kernels of the registry ({kernels})"
+        return (f"{self.title}: {len(self.served)} of {len(self.rows)} run kernels of the registry ({kernels})"
                 + (f"; {len(self.declined)} stay with the runtime ({reasons})" if reasons else ""))
 
     def __str__(self):

@@ -21,7 +21,7 @@ from kernel_registry.errors import (
     UnknownNameError,
 )
 from kernel_registry.plan import Plan
-from kernel_registry.preparation import preparation_of
+from kernel_registry.preparation import prepared_call, preparation_of
 
 CONTRACT = '''
 from kernel_registry.contract import Contract, Workload
@@ -69,6 +69,10 @@ def fold(subject, *, size, twice=False):
     return SimpleNamespace(value=subject.value * size * (1 + twice))
 
 
+def fold_otherwise(subject, *, size):
+    return SimpleNamespace(value=-subject.value * size)
+
+
 def in_place(subject, *, size, mode):
     subject.value *= size
     return Prepared({"all": [subject, (SimpleNamespace(value=1),)]}, report=f"{mode}, {size}")
@@ -86,6 +90,10 @@ def no_subject():
     return 1
 
 
+def late(subject, *, size, num_tokens=0):
+    return subject
+
+
 def fails(subject, *, size):
     raise RuntimeError("out of memory")
 '''
@@ -97,13 +105,13 @@ def folding(toy):
     toy.contract = f"{toy.module(CONTRACT)}:Scale"
     toy.kernels, toy.functions = toy.module(KERNELS), toy.module(PREPARE)
 
-    def make(**more):
+    def make(op=toy.OP, **more):
         fast = {"target": f"{toy.kernels}:fast", "prepare": f"{toy.functions}:fold",
                 "when": {"platform": "any", "mode": "any"}, **more}
         slow = {"target": f"{toy.kernels}:slow", "fallback": True, "when": {"platform": "any", "mode": "any"}}
         import yaml
 
-        path = toy.write(yaml.safe_dump({"version": 1, "ops": {toy.OP: {
+        path = toy.write(yaml.safe_dump({"version": 1, "ops": {op: {
             "contract": toy.contract, "implementations": {"fast": fast, "slow": slow}}}}, sort_keys=False))
         return toy.registry(path)
 
@@ -159,9 +167,12 @@ def test_what_is_prepared_for_other_traits_is_refused(folding):
 
 def test_what_is_prepared_for_another_op_or_by_another_function_is_refused(folding):
     made = folding.make().prepare(folding.OP, raw(), size=5)
-    other = folding.make(prepare=f"{folding.functions}:in_place")
+    other = folding.make(prepare=f"{folding.functions}:fold_otherwise")  # of the same traits
     with pytest.raises(PreparationError, match="weight is prepared for"):
         other.bind(folding.OP, size=5)(2, made)
+    elsewhere = folding.make(op="other.scale")  # with the same function
+    with pytest.raises(PreparationError, match=f"is prepared for {folding.OP}'s .*, expected .* for other.scale"):
+        elsewhere.bind("other.scale", size=5)(2, made)
 
 
 def test_a_variant_takes_what_its_implementation_does(folding):
@@ -191,6 +202,18 @@ def test_nothing_is_done_for_one_that_declares_none(folding):
     assert registry.dispatch(folding.OP, size=5, implementation="slow")(2, subject) == (30, None)
     with pytest.raises(UnknownNameError, match="'twice' is no trait"):
         registry.prepare(folding.OP, subject, size=5, implementation="slow", twice=True)
+
+
+def test_the_arguments_of_a_call_are_prepared_wherever_they_stand(folding):
+    """Which is how verify, run and bench call."""
+    registry = folding.make()
+    for args, kwargs, expected in [((2, raw()), {}, (30, None)), ((2, raw()), {"bias": raw()}, (30, 15)),
+                                   ((2, raw()), {"bias": None}, (30, None)),
+                                   ((2,), {"weight": raw(), "bias": raw(1)}, (30, 5))]:
+        for name, wanted in (("fast", expected), ("slow", (30, expected[1] and kwargs["bias"].value))):
+            kernel = registry.bind(folding.OP, size=5, implementation=name)
+            args_, kwargs_ = prepared_call(registry.catalog.op(folding.OP), [name], kernel.request, args, kwargs)
+            assert kernel(*args_, **kwargs_) == wanted
 
 
 def test_overrides_decide_what_is_prepared(folding):
@@ -224,7 +247,8 @@ def test_everything_made_is_tagged_with_the_report(folding):
 
 @pytest.mark.parametrize("name, match", [
     ("nothing", "returned NoneType, nothing that can be tagged"), ("anything", r"takes `\*\*traits`"),
-    ("no_subject", "is no function of what is to be prepared"), ("gone", "has no 'gone'")])
+    ("no_subject", "is no function of what is to be prepared"), ("gone", "has no 'gone'"),
+    ("late", "names num_tokens, which is read off each call")])
 def test_a_function_that_is_no_preparation(folding, name, match):
     with pytest.raises(TargetError, match=match):
         folding.make(prepare=f"{folding.functions}:{name}").prepare(folding.OP, raw(), size=5)
@@ -380,20 +404,30 @@ def test_another_dtype_or_shape_is_no_longer_what_was_prepared(folded):
         kernel(1, module.weight)
 
 
-def test_a_tag_is_not_saved(folded):
+def test_a_tag_is_not_saved(folded, folding, tmp_path):
     import torch
 
-    _, kernel, parameter = folded
-    module = torch.nn.Module()
+    registry, kernel, parameter = folded
+    module = registry.prepare(folding.OP, torch.nn.Module(), size=5)
     module.weight = parameter
-    loaded = pickle.loads(pickle.dumps(module.state_dict()))
-    assert preparation_of(loaded["weight"]) is None
+    torch.save({"parameter": parameter, **module.state_dict()}, tmp_path / "saved.pt")
+    loaded = torch.load(tmp_path / "saved.pt", weights_only=True)  # what an attribute of a tag's class would not pass
+    for made in (*loaded.values(), pickle.loads(pickle.dumps(module)), copy.deepcopy(module)):
+        with pytest.raises(PreparationError, match="weight is not prepared"):
+            kernel(1, made)
+    assert kernel(1, module) is module and kernel(1, parameter) is parameter
 
 
 def test_a_module_is_tagged_too(folded, folding):
     import torch
 
     registry, kernel, _ = folded
-    module = registry.prepare(folding.OP, torch.nn.Linear(2, 2), size=5)
+    module = torch.nn.Linear(2, 2)
+    module.child = torch.nn.Linear(1, 1)
+    assert registry.prepare(folding.OP, module, size=5) is module
     assert kernel(1, module) is module and preparation_of(module).implementation == "fast"
-    assert [*module.state_dict()] == ["weight", "bias"]
+    assert kernel(1, module.weight) is module.weight and kernel(1, module.bias) is module.bias
+    for other in (module.child, module.child.weight):
+        with pytest.raises(PreparationError, match="weight is not prepared"):
+            kernel(1, other)
+    assert [*module.state_dict()] == ["weight", "bias", "child.weight", "child.bias"]

@@ -44,7 +44,7 @@ def example(tmp_path):
 
 def test_every_script_is_tested():
     tested = {"quickstart", "override_and_reload", "freeze_and_compare", "torch_op", "moe_layer", "routing_bias",
-              "indexer_load"}
+              "indexer_load", "incident", "expert_parallel"}
     assert {p.stem for p in EXAMPLES.glob("*.py")} == tested
 
 
@@ -66,6 +66,28 @@ def test_override_and_reload(example, grouped):
     assert f"override  {rule}: in force" in lines
     (told,) = [line for line in lines if "one predicate away" in line]  # the variants go with it, in its line
     assert re.fullmatch(rf"~ triton_biased_grouped and its \d variants +one predicate away: {re.escape(rule)}", told)
+
+
+def test_incident(example):
+    told = example("incident")
+    start, written, why, back = told.split("\n\n-- ")
+    monitor = "monitor: 1 tokens right, 4 tokens right, 16 tokens {}, 40 tokens right"
+    wrong, right = monitor.format("WRONG"), monitor.format("right")
+    assert start.splitlines() == ["routing with house_router", wrong]
+    assert re.fullmatch(r"""the line is written, the process reloads
+decode, 16 tokens still holds what ran before
+  moe\.topk\(num_experts=32, .*\) at num_tokens=16, contiguous=true: house_router -> torch
+WRONG
+captured again: decode, 16 tokens
+RIGHT""".replace("WRONG", wrong).replace("RIGHT", right), written)
+    rule = "use torch: file overrides.yaml, overrides.yaml:4 (incident 42)"
+    change = ("house_router (registry) -> house_router when {num_tokens: {max: 15}} (registry) | "
+              "torch when {num_tokens: {min: 16, max: 16}} (override) | "
+              "house_router when {num_tokens: {min: 17}} (registry)")
+    assert why.splitlines()[1:] == [f"-> torch  [{rule}]", f"override  {rule}: decides", change]
+    assert back.splitlines()[3:] == ["captured again: decode, 16 tokens", "the plan is the one before: True", wrong,
+                                     "the engine served all the while, and none of its steps failed"]
+    assert back.splitlines()[2].endswith(": torch -> house_router")
 
 
 def test_freeze_and_compare(example, grouped):
@@ -92,6 +114,14 @@ def test_moe_layer(example):
     assert lines[0] == "published: 256 experts, weights fp8_block" and "where the result goes" in lines
     assert lines[-2] == "ran: moe.topk, moe.experts, moe.finalize"
     assert lines[-1].startswith("the same result in a slice")
+
+
+def test_expert_parallel(example):
+    lines = example("expert_parallel").splitlines()
+    assert lines[0] == "2 ranks agree"
+    assert lines[1] == "over 2 ranks" and len(lines) == 6
+    assert re.fullmatch(r"5 and 3 tokens, \d+ and \d+ at the experts: the layer in one piece agrees", lines[4])
+    assert lines[5] == "with another override file: rank 1 differs from rank 0"
 
 
 def test_routing_bias(example):

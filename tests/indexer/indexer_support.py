@@ -11,6 +11,7 @@ from kernel_registry.ops.indexer.wk_weights_proj import cases, oracle, reference
 from kernel_registry.ops.indexer.wk_weights_proj.module import projection
 
 DEFAULTS = dict(dtype="bfloat16", wk_format="none", group_size=128)
+HOST = dict(platform="cpu") if torch.cuda.is_available() else {}  # kernels for tensors in the host's memory
 SIZES = dict(hidden_size=300, head_dim=136, num_heads=56)  # 192 rows; ragged blocks of 128 both ways
 
 

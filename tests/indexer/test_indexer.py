@@ -15,9 +15,9 @@ from kernel_registry.ops.indexer.wk_weights_proj import cases, oracle, reference
 OP = "indexer.wk_weights_proj"
 modules = [reference, torch_fused]
 if importlib.util.find_spec("triton"):
-    from kernel_registry.ops.indexer.wk_weights_proj import triton_fused
+    from kernel_registry.ops.indexer.wk_weights_proj import triton_columns, triton_fused
 
-    modules.append(triton_fused)
+    modules += [triton_columns, triton_fused]
 each = pytest.mark.parametrize("module", modules, ids=lambda module: module.__name__.rpartition(".")[2])
 needs_triton = pytest.mark.skipif(len(modules) < 3, reason="needs triton")
 SHAPES = (layer(256, 32, 16), layer(511, 37, 11), layer(64, 16, 8, dtype="float16"), layer(1, 1, 1),
@@ -109,24 +109,38 @@ def test_one_multiplication_has_the_bits_of_two(sizes, tokens):
 @each
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_where_every_order_is_exact_all_have_the_bits_of_two(module, dtype, device):
-    if module.__name__.endswith("triton_fused") and dtype == "float32":
-        pytest.skip("the kernel takes 16 bits only")
+    if "triton" in module.__name__ and dtype == "float32":
+        pytest.skip("the kernels take 16 bits only")
     traits = layer(2048, 128, 64, dtype=dtype)
     (x, weight), _ = cases.inputs(traits, 7, device=device, flavour="exact")
     for one, two in zip(factory(module)(**traits)(x, weight), reference.separate(**traits)(x, weight)):
         assert same(one, two)
 
 
+@each
+def test_within_one_unit_of_two_projections(module, device):
+    """Whatever the order of the sums: 999 of 1000 results are two linear calls' or the bfloat16 next to them."""
+    traits = layer(1024, 128, 64)
+    (x, weight), _ = cases.inputs(traits, 33, seed=4, device=device)
+    for one, part in zip(factory(module)(**traits)(x, weight), weight.split([128, 64])):
+        two = torch.nn.functional.linear(x, part)
+        steps = [bits(tensor).view(torch.int16).int() for tensor in (one, two)]
+        steps = [torch.where(step < 0, -(step & 0x7FFF), step) for step in steps]  # in the order of the numbers
+        assert ((steps[0] - steps[1]).abs() <= 1).float().mean() >= 0.999
+
+
 @needs_triton
-def test_the_kernels_columns_do_not_depend_on_each_other(device):
-    """Fused or on each matrix alone, whatever the values: the same kernel gives the same bits."""
+@pytest.mark.parametrize("module", modules[2:], ids=lambda module: module.__name__.rpartition(".")[2])
+def test_the_kernels_columns_do_not_depend_on_each_other(module, device):
+    """Fused or on each matrix alone, whatever the values and the tokens beside: the same kernel gives the same bits."""
     traits = layer(1000, 40, 24)
     (x, weight), _ = cases.inputs(traits, 19, device=device)
-    k, head_weights = triton_fused.fused(**traits)(x, weight)
+    k, head_weights = module.fused(**traits)(x, weight)
     padded = torch.cat([weight[:40], torch.zeros_like(weight[:1])])
-    assert same(k, triton_fused.fused(**layer(1000, 40, 1))(x, padded)[0])
+    assert same(k, module.fused(**layer(1000, 40, 1))(x, padded)[0])
     padded = torch.cat([torch.zeros_like(weight[:1]), weight[40:]])
-    assert same(head_weights, triton_fused.fused(**layer(1000, 1, 24))(x, padded)[1])
+    assert same(head_weights, module.fused(**layer(1000, 1, 24))(x, padded)[1])
+    assert same(torch.cat(module.fused(**traits)(x[7:8], weight), -1), torch.cat([k, head_weights], -1)[7:8])
 
 
 @needs_triton
@@ -182,7 +196,10 @@ def test_the_registry_chooses():
         return registry.explain(OP, **{**sizes, **other}).winner
 
     for wk_format in ("none", "fp8_block", "fp8_channel", "mxfp8"):
-        assert chosen(wk_format=wk_format, num_tokens=1) == "triton_fused"
+        assert chosen(wk_format=wk_format, num_tokens=1) == "triton_columns.one"
+    assert chosen(num_tokens=4) == "triton_columns"
+    assert chosen(num_tokens=5) == chosen(num_tokens=16) == "triton_fused"
+    assert chosen(num_tokens=17) == "triton_fused_wide"
     assert chosen(num_tokens=128) == "triton_fused_wide"
     assert chosen(num_tokens=129) == "torch_fused"
     assert chosen(num_tokens=1, dtype="float32") == "torch_fused"

@@ -9,6 +9,7 @@ import torch
 from indexer_support import bits, layer, model, same, weight
 from test_indexer_loader import HEAD_DIM, HIDDEN, checkpoint
 
+from kernel_registry import registry
 from kernel_registry.errors import CheckpointError
 from kernel_registry.ops.indexer.wk_weights_proj import oracle
 from kernel_registry.ops.indexer.wk_weights_proj.loader import Loader
@@ -48,7 +49,7 @@ def test_shards_in_any_order(wk_format, scale_dtype, fused, both, tmp_path):
         made = model((0, 1, 3), (), wk_format=wk_format)  # a stage without layer 2
         loader = Loader(made)
         taken = loader.load_files(paths[:2]) | loader.load_files(paths[2:])
-        loader.finish()
+        loader.finish(registry)
         assert not any(".wkv" in name or ".2." in name or "norm" in name for name in taken)
         for number in (0, 1, 3):
             assert same(weight(made, number), expected[number])
@@ -59,7 +60,7 @@ def test_what_was_loaded_runs(tmp_path):
     made = model((0,), wk_format="fp8_block")
     loader = Loader(made)
     loader.load_files(paths)
-    loader.finish()
+    loader.finish(registry)
     x = torch.randn(2, 5, HIDDEN).bfloat16()
     got = made.layers["0"].indexer.wk_weights_proj(x)
     assert oracle.check(layer(HIDDEN, HEAD_DIM, 56), (x, expected[0]), {}, got).passed
@@ -83,8 +84,50 @@ def test_a_bad_shard_is_named(tmp_path):
         loader.load_files([again])
     assert str(error.value).startswith(f"{again}: layers.0.indexer.wk.weight comes twice, first as "
                                        f"layers.0.indexer.wk.weight of {paths[0]}")
-    loader.finish()
+    loader.finish(registry)
     assert same(weight(made), expected[0])
+
+
+BAD = {  # what a shard's last layer has -> (tensor's name, the tensor, what the message says)
+    "shape": ("layers.1.indexer.wk.weight", torch.ones(HEAD_DIM, HIDDEN - 1), "is [136, 299] float32, expected [136, "),
+    "dtype": ("layers.1.indexer.wk.weight", torch.ones(HEAD_DIM, HIDDEN, dtype=torch.int16), "is [136, 300] int16, "),
+    "unknown dtype": ("layers.1.indexer.wk.weight", torch.ones(2, dtype=torch.complex64), "is [2] C64, expected "),
+    "name": ("layers.1.indexer.wk.bias", torch.ones(HEAD_DIM), "is no parameter of this projection, expected "),
+    "duplicate": ("layers.0.indexer.wk.weight", torch.ones(HEAD_DIM, HIDDEN), "comes twice, first as layers.0."),
+    "both forms": ("layers.0.indexer.wk_weights_proj.weight", torch.ones(192, HIDDEN), "has rows that came as "),
+    "scale": ("layers.1.indexer.wk.weight_scale", torch.ones(2, 3), "no scale with wk_format='none'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("reload", [False, True])
+def test_a_bad_shard_changes_no_layer_and_can_be_mended(case, reload, tmp_path):
+    """The file behind it, and the layers before it in the same file, are as good as never seen."""
+    name, bad, told = BAD[case]
+    made = model((0, 1))
+    loader = Loader(made)
+    if reload:
+        loader.load_weights([pair for number in (0, 1) for pair in
+                             checkpoint(prefix=f"layers.{number}.indexer.", seed=90 + number)[0].items()])
+        loader.finish(registry)
+    good, expected = tmp_path / "good.safetensors", {}
+    tensors = {}
+    for number in (0, 1):
+        more, expected[number] = checkpoint(prefix=f"layers.{number}.indexer.", seed=number)
+        tensors.update(more)
+    last = {key: tensors.pop(key) for key in [*tensors] if key.startswith("layers.1.indexer.wk.")}
+    save_file(tensors, good)
+    second = tmp_path / "second.safetensors"
+    save_file({**last, name: bad}, second)
+    before = [bits(weight(made, number)).clone() for number in (0, 1)]
+    with pytest.raises(CheckpointError) as error:
+        loader.load_files([good, second])
+    assert str(error.value).startswith(f"{second}: {name} ") and told in str(error.value)
+    assert all(torch.equal(bits(weight(made, number)), before[number]) for number in (0, 1))
+    save_file(last, second)
+    loader.load_files([good, second])
+    loader.finish(registry)
+    assert all(same(weight(made, number), expected[number]) for number in (0, 1))
 
 
 @pytest.mark.parametrize("damage", ["cut", "no header", "missing"])
@@ -121,6 +164,9 @@ def test_only_what_is_its_own_is_read(tmp_path, monkeypatch):
 
         def keys(self):
             return self.inside.keys()
+
+        def get_slice(self, name):  # of which only the header is asked
+            return self.inside.get_slice(name)
 
         def get_tensor(self, name):
             read.append(name)

@@ -10,6 +10,7 @@ import torch
 from indexer_support import SIZES, Indexer, bits, layer, model, quantised, same, weight
 from torch import nn
 
+from kernel_registry import registry
 from kernel_registry.errors import CheckpointError, InputError
 from kernel_registry.ops.indexer.wk_weights_proj import formats, oracle, reference
 from kernel_registry.ops.indexer.wk_weights_proj.loader import Loader
@@ -67,7 +68,7 @@ def test_every_form(wk_format, scale_dtype, fused, both):
     places = [parameter.data_ptr() for parameter in parameters]
     loader = Loader(made)
     assert loader.load_weights(tensors.items()) == set(tensors)
-    loader.finish()
+    loader.finish(registry)
     for number in (0, 1):
         assert same(weight(made, number), expected[number])
         assert weight(made, number) is parameters[number] and parameters[number].data_ptr() == places[number]
@@ -95,7 +96,7 @@ def test_a_declared_block_of_another_size():
     loader = Loader(made)
     loader.load_weights({"layers.0.indexer.wk.weight": stored, "layers.0.indexer.wk.weight_scale_inv": scale,
                          "layers.0.indexer.weights_proj.weight": plain(HEADS)}.items())
-    loader.finish()
+    loader.finish(registry)
     assert same(weight(made)[:HEAD_DIM], exact)
 
 
@@ -107,7 +108,7 @@ def test_a_scale_for_each_row(shape, name):
     tensors[f"layers.0.indexer.wk.{name}"] = tensors[f"layers.0.indexer.wk.{name}"].reshape(shape)
     loader = Loader(made)
     loader.load_weights(tensors.items())
-    loader.finish()
+    loader.finish(registry)
     assert same(weight(made), expected)
 
 
@@ -117,7 +118,7 @@ def test_another_dtype_that_has_all_the_values():
     wider = {name: tensor.float() for name, tensor in tensors.items()}
     loader = Loader(made)
     loader.load_weights(wider.items())
-    loader.finish()
+    loader.finish(registry)
     assert same(weight(made), expected)
 
 
@@ -140,7 +141,7 @@ def test_every_order_and_every_cut_into_calls():
             count = drawn.randint(1, 3)
             loader.load_weights((name, {**first, **second}[name]) for name in names[:count])
             del names[:count]
-        loader.finish()
+        loader.finish(registry)
         assert same(weight(made), expected) and same(weight(made, 1), other)
 
 
@@ -156,7 +157,7 @@ def test_a_buffer_that_is_used_again():
         buffer[:len(data)] = data
         loader.load_weights([(name, buffer[:len(data)].view(tensor.dtype).view(tensor.shape))])
     buffer.zero_()
-    loader.finish()
+    loader.finish(registry)
     assert same(weight(made), expected)
 
 
@@ -168,7 +169,7 @@ def test_loading_again():
         for number in (0, 1):
             tensors, expected = checkpoint(prefix=f"layers.{number}.indexer.", seed=seed + number)
             loader.load_weights(tensors.items())
-        loader.finish()
+        loader.finish(registry)
         assert same(weight(made, 1), expected)
     before = state(weight(made))
     tensors, expected = checkpoint(seed=99)
@@ -176,9 +177,9 @@ def test_loading_again():
     loader.load_weights([first])
     assert untouched(weight(made), before)
     with pytest.raises(CheckpointError, match=r"unwritten rows of weight \(weights_proj.weight\): 136..191"):
-        loader.finish()
+        loader.finish(registry)
     loader.load_weights(rest)
-    loader.finish()
+    loader.finish(registry)
     assert same(weight(made), expected) and weight(made).data_ptr() == before[0]
 
 
@@ -225,7 +226,7 @@ def test_the_scale_of_quantised_hidden_states_is_not_needed():
     tensors["layers.0.indexer.wk.input_scale"] = torch.ones(1)
     loader = Loader(made)
     assert loader.load_weights(tensors.items()) == set(tensors)
-    loader.finish()
+    loader.finish(registry)
     assert same(weight(made), expected)
 
 
@@ -241,7 +242,7 @@ def test_stages_and_layers_without_an_indexer(layers, without):
         if number in here:
             assert same(weight(made, number), expected)
     assert taken == {name for name in taken if int(name.split(".")[1]) in here} and len(taken) == 2 * len(here)
-    loader.finish()
+    loader.finish(registry)
 
 
 def test_a_projection_on_its_own_and_two_in_one_place():
@@ -250,7 +251,7 @@ def test_a_projection_on_its_own_and_two_in_one_place():
     tensors, expected = checkpoint(prefix="")
     loader = Loader(alone)
     loader.load_weights(tensors.items())
-    loader.finish()
+    loader.finish(registry)
     assert same(alone.weight, expected)
     two = nn.Module()
     two.one, two.other = alone, FusedProjection(None, **traits)
@@ -273,11 +274,11 @@ def test_finish_names_what_is_missing(left_out, told):
     loader.load_weights(tensors.items(), file="a.safetensors")
     for _ in range(2):
         with pytest.raises(CheckpointError) as error:
-            loader.finish()
+            loader.finish(registry)
         assert told in str(error.value)
     assert torch.isnan(weight(made)).all()
     loader.load_weights(last.items())
-    loader.finish()
+    loader.finish(registry)
     assert same(weight(made), expected)
 
 
@@ -286,7 +287,7 @@ def test_finish_names_every_projection_that_nothing_came_for():
     loader = Loader(made)
     loader.load_weights(checkpoint(prefix="layers.1.indexer.")[0].items())
     with pytest.raises(CheckpointError) as error:
-        loader.finish()
+        loader.finish(registry)
     for number in (0, 5):
         assert f"layers.{number}.indexer.wk_weights_proj: unwritten rows of weight (wk.weight): 0..135" in \
             str(error.value)
@@ -304,7 +305,7 @@ def test_finish_looks_at_the_rows_themselves(rows, told):
     with torch.no_grad():
         weight(made)[rows] = float("nan")
     with pytest.raises(CheckpointError) as error:
-        loader.finish()
+        loader.finish(registry)
     assert told in str(error.value)
 
 
@@ -350,7 +351,7 @@ def test_a_bad_tensor_changes_nothing(case, at):
     loader = Loader(made)
     if at == "loaded":
         loader.load_weights(tensors.items())
-        loader.finish()
+        loader.finish(registry)
     elif at == "staged":
         loader.load_weights((other, tensor) for other, tensor in tensors.items() if other.split(".")[3] !=
                             name.split(".")[3])
@@ -362,7 +363,7 @@ def test_a_bad_tensor_changes_nothing(case, at):
     assert untouched(weight(made), before)
     loader.load_weights((other, tensor) for other, tensor in tensors.items()
                         if at != "staged" or other.split(".")[3] == name.split(".")[3])
-    loader.finish()  # the right one instead, after all
+    loader.finish(registry)  # the right one instead, after all
     assert same(weight(made), expected)
 
 
@@ -378,7 +379,7 @@ def test_values_that_are_not_finite_once_scaled(weight_first):
     with pytest.raises(CheckpointError, match=f"{second} has values that are not finite"):
         loader.load_weights([(second, bad)])
     loader.load_weights((name, tensor) for name, tensor in tensors.items() if name != first)
-    loader.finish()
+    loader.finish(registry)
     assert same(weight(made), expected)
 
 
@@ -412,7 +413,55 @@ def test_what_comes_twice(wk_format):
         scale = tensors["layers.0.indexer.wk.weight_scale_inv"]
         with pytest.raises(CheckpointError, match="comes twice"):  # by its other name
             loader.load_weights([("layers.0.indexer.wk.weight_scale", scale)])
-    loader.finish()
+    loader.finish(registry)
+
+
+def test_a_list_is_looked_at_before_it_is_taken():
+    """An iterator can't be: there the layers before the bad tensor are written."""
+    good, expected = checkpoint()
+    bad = {"layers.1.indexer.wk.weight": plain(HEAD_DIM - 1)}
+    made = model()
+    before = state(weight(made))
+    for weights in ({**good, **bad}.items(), [*good.items(), *bad.items()],
+                    [*good.items(), ("layers.1.indexer.wk.weight", 1)]):
+        loader = Loader(made)
+        with pytest.raises(CheckpointError, match="layers.1.indexer.wk"):
+            loader.load_weights(weights)
+        assert untouched(weight(made), before)
+        with pytest.raises(CheckpointError, match=r"unwritten rows of weight \(wk.weight\): 0..135"):
+            loader.check()
+    with pytest.raises(CheckpointError, match="layers.1.indexer.wk"):
+        loader.load_weights(iter([*good.items(), *bad.items()]))
+    assert same(weight(made), expected)
+
+
+def test_modules_built_on_the_meta_device():
+    """to_empty leaves memory as it was: it must be NaN before anything is loaded, and nothing is loaded before it."""
+    made = model((0, 1)).to("meta")
+    loader = Loader(made)
+    tensors, expected = checkpoint()
+    with pytest.raises(CheckpointError, match="layers.0.indexer.wk.weight has nowhere to go"):
+        loader.load_weights(tensors.items())
+    with pytest.raises(CheckpointError, match=r"unwritten rows of weight \(wk.weight\): 0..135"):
+        loader.finish(registry)
+    original = torch.empty_like
+    try:  # as memory is that held another model's weights
+        torch.empty_like = lambda *args, **kwargs: original(*args, **kwargs).zero_()
+        made.to_empty(device="cpu")
+    finally:
+        torch.empty_like = original
+    loader.load_weights(tensors.items())
+    with pytest.raises(CheckpointError) as error:
+        loader.finish(registry)
+    assert "layers.1.indexer.wk_weights_proj: unwritten rows" in str(error.value)
+    assert "layers.0" not in str(error.value) and same(weight(made), expected)
+
+
+def test_a_projection_that_is_called_as_one_of_its_two():
+    made = nn.Module()
+    made.wk = FusedProjection(None, **layer(**SIZES))
+    with pytest.raises(ValueError, match="wk is called as one of the two"):
+        Loader(made)
 
 
 # ---- the modules, nvfp4 and preparation ------------------------------------------------------------------------------
@@ -439,9 +488,9 @@ def test_nvfp4_is_kept_as_it_is(order):
     loader = Loader(made)
     for at in order:
         with pytest.raises(CheckpointError, match="has not come|unwritten"):
-            loader.finish()
+            loader.finish(registry)
         loader.load_weights([list(tensors.items())[at]])
-    loader.finish()
+    loader.finish(registry)
     assert isinstance(made.wk_weights_proj, SeparateProjection) and made.wk_weights_proj.wk.dtype is torch.uint8
     x = torch.randn(3, 320).bfloat16()
     got = made.wk_weights_proj(x)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
-from indexer_support import layer, same
+from indexer_support import SIZES, layer, model, same, weight
+from test_indexer_loader import checkpoint
 
 from kernel_registry import registry
 from kernel_registry.ops.indexer.wk_weights_proj import cases, oracle, reference, torch_fused
+from kernel_registry.ops.indexer.wk_weights_proj.loader import Loader
 
 pytest.importorskip("triton")
 from kernel_registry.ops.indexer.wk_weights_proj import triton_fused  # noqa: E402
@@ -81,3 +85,46 @@ def test_every_replay_gives_the_same_bits():
     first = torch.cat(kernel(*args), -1)
     for _ in range(500):
         assert torch.equal(torch.cat(kernel(*args), -1), first)
+
+
+def test_a_graph_that_outlives_its_kernel():
+    """registry.reload() makes other kernels: what the graph counts in must not become another tensor's memory."""
+    kernel = made(**WIDE)
+    args, _ = cases.inputs(DEEPSEEK, 128, device="cuda")
+    expected = torch.cat(kernel(*args), -1).clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = kernel(*args)
+    torch.cuda.synchronize()
+    del kernel
+    gc.collect()
+    others = [torch.full((1024 * 48,), -1, dtype=torch.int32, device="cuda") for _ in range(20)]
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    assert same(torch.cat(outputs, -1), expected) and all((other == -1).all() for other in others)
+
+
+@pytest.mark.parametrize("home", ["cpu", "cuda"])
+def test_a_graph_sees_what_a_reload_wrote(home):
+    """From a checkpoint on either device into parameters on the GPU, the bits that the CPU's have."""
+    traits = layer(**SIZES, wk_format="fp8_block")
+    holder = model((0,), wk_format="fp8_block").to("cuda")
+    own = holder.layers["0"].indexer.wk_weights_proj
+    own.kernel = triton_fused.fused(**traits, platform=registry.platform())
+    x = torch.randn(4, SIZES["hidden_size"], device="cuda").bfloat16()
+    loader, graph, outputs = Loader(holder), torch.cuda.CUDAGraph(), None
+    for seed in (0, 1):
+        tensors, expected = checkpoint("fp8_block", seed=seed)
+        loader.load_weights((name, tensor.to(home)) for name, tensor in tensors.items())
+        loader.finish(registry)
+        assert same(weight(holder), expected)
+        if outputs is None:
+            own(x)
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph):
+                outputs = own(x)
+        graph.replay()
+        torch.cuda.synchronize()
+        verdict = oracle.check(traits, (x, expected), {}, outputs)
+        assert verdict.passed, verdict.detail

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from indexer_support import SIZES, layer, model, quantised, same
+from indexer_support import HOST, SIZES, layer, model, quantised, same
 from torch import nn
 
 from kernel_registry import registry
@@ -20,7 +20,7 @@ TRAITS = layer(256, 32, 16)
 
 @pytest.fixture
 def bound():
-    return registry.bind(OP, **TRAITS)
+    return registry.bind(OP, **TRAITS, **HOST)
 
 
 def calls(tokens=5, **traits):
@@ -71,7 +71,7 @@ def test_finish_prepares_what_was_loaded_and_a_reload_keeps_it():
     traits = {**SIZES, "wk_format": "fp8_block"}
     made = model(layers=(0, 1), **traits)
     for number in (0, 1):
-        made.layers[str(number)].indexer.wk_weights_proj.kernel = registry.bind(OP, **traits)
+        made.layers[str(number)].indexer.wk_weights_proj.kernel = registry.bind(OP, **traits, **HOST)
     x = torch.randn(3, SIZES["hidden_size"]).bfloat16()
     own = made.layers["1"].indexer.wk_weights_proj
     loader = Loader(made)
@@ -86,10 +86,10 @@ def test_finish_prepares_what_was_loaded_and_a_reload_keeps_it():
                     own(x)
             loader.load_weights([(f"{name}.wk.weight_scale_inv", scale)])
         if seed == 0:
-            loader.finish()
+            loader.finish(registry)
         assert same(own.weight, torch.cat([plain, heads]))
         assert own(x)[0].shape == (3, SIZES["head_dim"])
-    loader.finish()
+    loader.finish(registry)
 
 
 def test_a_projection_that_is_not_filled_or_another():
@@ -101,9 +101,33 @@ def test_a_projection_that_is_not_filled_or_another():
         registry.prepare(OP, made, **{**TRAITS, "head_dim": 16, "num_heads": 32})
 
 
+def test_a_model_that_holds_filled_projections():
+    """No copies beside them: the model's own are prepared, and an indexer's one by its name in it."""
+    made = model(layers=(0, 1), without=(), **SIZES)
+    own = {f"layers.{n}.indexer.wk_weights_proj": made.layers[str(n)].indexer.wk_weights_proj for n in (0, 1)}
+    with pytest.raises(CheckpointError, match="layers.1.indexer.wk_weights_proj: unwritten"):
+        registry.prepare(OP, made, **layer(**SIZES))
+    with torch.no_grad():
+        for projection_ in own.values():
+            projection_.weight.fill_(1)
+    with pytest.raises(CheckpointError, match="layers.0.indexer.wk_weights_proj was made with other traits: hidden"):
+        registry.prepare(OP, made, **{**layer(**SIZES), "hidden_size": 1024})
+    assert not any(preparation_of(projection_.weight) for projection_ in own.values())
+    assert registry.prepare(OP, made, **layer(**SIZES)) == own
+    assert all(preparation_of(projection_.weight) for projection_ in own.values())
+
+
+def test_a_weight_that_was_not_written():
+    weight = torch.zeros(48, 256, dtype=torch.bfloat16)
+    weight[47, 3] = float("nan")
+    with pytest.raises(CheckpointError, match="weight has NaN: a row that no checkpoint wrote"):
+        registry.prepare(OP, weight, **TRAITS)
+    assert preparation_of(weight) is None
+
+
 def test_nvfp4_keeps_two_and_is_checked_as_well():
     traits = {**TRAITS, "wk_format": "nvfp4"}
-    kernel = registry.bind(OP, **traits)
+    kernel = registry.bind(OP, **traits, **HOST)
     x, (wk, weights_proj), kwargs = calls(wk_format="nvfp4")
     with pytest.raises(PreparationError):
         kernel(x, wk, weights_proj, **kwargs)

@@ -12,6 +12,7 @@ from kernel_registry import Registry, moe_router
 from kernel_registry.bench import bench
 from kernel_registry.errors import (
     CaptureError,
+    InputError,
     NoImplementationError,
     OverrideError,
     PreparationError,
@@ -177,6 +178,15 @@ def test_a_missing_target_is_an_error(registry):
     assert untouched(layer, exact())
 
 
+def test_a_call_without_a_bias_or_with_no_bias_is_an_error(registry):
+    take = registry.bind(OP, **TO_BF16)
+    with pytest.raises(InputError, match=rf"correction_bias is None, expected \[\.\.\., {EXPERTS}\] bfloat16"):
+        take(None)
+    for wrong in (3, torch.zeros(EXPERTS + 1, dtype=torch.bfloat16), exact().bfloat16()):
+        with pytest.raises(PreparationError, match="correction_bias is not prepared"):
+            take(wrong)
+
+
 def test_a_module_without_the_parameter_is_an_error(registry):
     layer = Layer(exact())
     with pytest.raises(PreparationError, match=f"Layer has no parameter and no buffer called wrong.*\n.*gate.{NAME}"):
@@ -216,20 +226,30 @@ def test_one_changed_value_is_enough_and_no_layer_is_changed_before_all_may_be(r
         registry.prepare(OP, overflow, **ROUTER, bias_dtype="float16")
 
 
-def test_narrowing_by_name_says_how_many_tokens_change_experts(registry):
+@pytest.mark.parametrize("scoring", ["sigmoid", "softmax"])
+def test_narrowing_by_name_says_how_many_tokens_change_experts(registry, scoring):
     layer = Layer(band())
-    registry.prepare(OP, layer, **TO_BF16, narrow=True)
+    registry.prepare(OP, layer, **TO_BF16, scoring=scoring, narrow=True)
     bias = layer.gate.e_score_correction_bias
     assert same_bits(bias.data, band().bfloat16())  # to the nearest, ties to even
     report, = preparation_of(bias).report
     assert report.distinct_before == band().unique().numel() and report.distinct_after == bias.unique().numel()
     route = registry.dispatch("moe.topk", **{**ROUTER, "dtype": "float32"}, bias_dtype="float32",
-                              implementation="torch")
+                              implementation="torch", scoring=scoring)
     logits = torch.randn(1024, EXPERTS, generator=torch.Generator().manual_seed(0))
     sets = [{tuple(sorted(row)) for row in [ids]} for ids in route(logits, band())[1].tolist()]
     others = [{tuple(sorted(row)) for row in [ids]} for ids in route(logits, bias.data.float())[1].tolist()]
     assert report.tokens == 1024 and report.changed_tokens == sum(a != b for a, b in zip(sets, others)) > 100
     assert f"{report.changed_tokens} of 1024 random tokens change experts" in str(report)
+
+
+def test_the_probe_routes_tokens_of_their_own_with_each_row(registry):
+    both, one = (torch.nn.Parameter(values, requires_grad=False) for values in (torch.stack([band(), exact()]), band()))
+    registry.prepare(OP, both, **TO_BF16, narrow=True)
+    registry.prepare(OP, one, **TO_BF16, narrow=True)
+    (of_both,), (of_one,) = preparation_of(both).report, preparation_of(one).report
+    assert (of_both.tokens, of_one.tokens) == (2048, 1024)
+    assert of_both.changed_tokens == of_one.changed_tokens > 0, "the second row's values are all kept"
 
 
 def test_the_probe_leaves_shared_experts_out(registry):
@@ -238,10 +258,6 @@ def test_the_probe_leaves_shared_experts_out(registry):
     other = torch.nn.Parameter(band(), requires_grad=False)
     registry.prepare(OP, other, **TO_BF16, narrow=True)
     assert preparation_of(bias).report[0].changed_tokens == preparation_of(other).report[0].changed_tokens
-
-
-class Odd:
-    pass
 
 
 @pytest.mark.parametrize("hold, name", [
@@ -499,6 +515,16 @@ def test_a_router_of_one_dtype_does_not_decide_while_another_takes_the_bias_as_i
     layer = Layer(exact())
     route = moe_router(layer.gate.e_score_correction_bias, registry=narrow, **ROUTER)
     assert route.name == "torch" and untouched(layer, exact())
+    assert preparation_of(layer.gate.e_score_correction_bias) is None
+
+
+@pytest.mark.parametrize("bias", [exact().double(), exact()[::2].repeat_interleave(2)])
+def test_a_bias_that_is_taken_as_it_is_needs_nothing_of_moe_routing_bias(registry, bias):
+    """Nor that its dtype be one that a bias can be given."""
+    with registry.disable(OP, "in_place"):
+        route = moe_router(bias, registry=registry, **ROUTER)
+    assert route.traits["bias_dtype"] == str(bias.dtype).removeprefix("torch.")
+    assert route(torch.randn(5, EXPERTS).bfloat16(), bias)[1].shape == (5, 4)
 
 
 def test_a_router_that_was_asked_for_gets_the_dtype_that_it_declares(narrow):

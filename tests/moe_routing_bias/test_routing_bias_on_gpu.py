@@ -77,3 +77,10 @@ def test_the_biases_of_61_layers_take_a_small_part_of_two_seconds(registry):
     registry.prepare(OP, model, **TO_BF16)
     torch.cuda.synchronize()
     assert time.perf_counter() - start < 1 and torch.cuda.memory_allocated() <= before
+
+
+def test_a_call_is_compiled_where_cuda_runs(registry):
+    """Whether a graph is captured, which a call asks there, is nothing that a traced graph could hold."""
+    bias, take = registry.prepare(OP, exact(), **TO_BF16), registry.bind(OP, **TO_BF16)
+    x = torch.ones(256, device="cuda")
+    assert torch.equal(torch.compile(lambda x: x + take(bias), backend="eager", fullgraph=True)(x), x + bias)

@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import torch
 
+# For good: a graph has their addresses, and may be replayed when the kernel that it was captured from is long gone
+# (registry.reload() and load_overrides() make others).
+_captured: list[torch.Tensor] = []
+
 
 class Arrivals:
     """`size` counters for each launch. Not thread safe where threads share a stream, which orders nothing then."""
@@ -26,8 +30,10 @@ class Arrivals:
             return torch.zeros(self.size, dtype=torch.int32, device=device)
         spare = self.spare.setdefault(device, [])
         if torch.cuda.is_current_stream_capturing():
-            # Zeroed by the graph itself when none is left: right, and one node more.
-            return spare.pop() if spare else torch.zeros(self.size, dtype=torch.int32, device=device)
+            if not spare:  # zeroed by the graph itself, in its own memory: right, and one node more
+                return torch.zeros(self.size, dtype=torch.int32, device=device)
+            _captured.append(spare.pop())
+            return _captured[-1]
         if len(spare) < self.SPARE:
             fresh = torch.zeros((2 * self.SPARE, self.size), dtype=torch.int32, device=device)
             torch.cuda.current_stream(device).synchronize()  # zero before a launch on another stream counts in it

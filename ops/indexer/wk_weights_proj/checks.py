@@ -38,3 +38,9 @@ def make_checks(*, hidden_size: int, head_dim: int, num_heads: int, dtype: str, 
                 refuse(name, given, f"contiguous {' or '.join(str([*s]) for s in shapes)} {names([kind])} on {device}")
 
     return check
+
+
+def as_rows(hidden_states: torch.Tensor) -> torch.Tensor:
+    """[tokens, H] with unit stride, which is a view wherever it can be."""
+    x = hidden_states.reshape(-1, hidden_states.shape[-1])
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()

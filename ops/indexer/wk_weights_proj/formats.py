@@ -28,16 +28,23 @@ def scale_shapes(shape, block: tuple[int, int]) -> list[tuple[int, ...]]:
     return [(-(-rows // height), -(-columns // width))]
 
 
-def dequantize_fp8(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """float32: each number times its block's scale. Bytes are e8m0: 2^(byte - 127)."""
+def dequantize_fp8(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], first: int = 0,
+                   count: int | None = None) -> torch.Tensor:
+    """float32: each number times its block's scale, of `count` rows from `first` on. Bytes are e8m0: 2^(byte - 127)."""
     if tuple(scale.shape) not in scale_shapes(weight.shape, block):
         raise InputError(f"scale is {list(scale.shape)}, expected {scale_shapes(weight.shape, block)}")
     if scale.dtype is torch.uint8:
         scale = scale.view(torch.float8_e8m0fnu)
     (rows, columns), (height, width) = weight.shape, block
-    scale = scale.float().reshape(scale.shape[0], -1)
-    scale = scale.repeat_interleave(height, 0)[:rows].repeat_interleave(width or columns, 1)[:, :columns]
-    return weight.float() * scale
+    width = width or columns
+    rows = torch.arange(rows, device=scale.device)[first:None if count is None else first + count] // height
+    factors = scale.float().reshape(scale.shape[0], -1)[rows].to(weight.device)
+    values = weight[first:first + len(rows)].float()
+    blocks, ragged = divmod(columns, width)
+    values[:, :blocks * width].unflatten(1, (blocks, width)).mul_(factors[:, :blocks, None])
+    if ragged:
+        values[:, blocks * width:].mul_(factors[:, blocks:])
+    return values
 
 
 def dequantize_nvfp4(packed: torch.Tensor, scale: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:

@@ -35,6 +35,15 @@ class _Projection(nn.Module):
             tensor.view(torch.uint8).fill_(0x7F) if tensor.element_size() == 1 else tensor.fill_(float("nan"))
         return tensor
 
+    def _apply(self, fn, recurse=True):
+        """`to_empty` of what was on the meta device gives memory as it was left there: no proof of anything."""
+        meta = [name for name, parameter in self.named_parameters() if parameter.is_meta]
+        super()._apply(fn, recurse)
+        for name in meta:
+            if not getattr(self, name).is_meta:
+                self.unwritten(getattr(self, name))
+        return self
+
     def extra_repr(self) -> str:
         return (f"hidden_size={self.hidden_size}, head_dim={self.head_dim}, num_heads={self.num_heads}, "
                 f"dtype={self.dtype}, wk_format={self.wk_format}")

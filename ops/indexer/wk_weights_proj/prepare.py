@@ -22,6 +22,7 @@ def prepare(source: Source, *, hidden_size: int, head_dim: int, num_heads: int, 
     an indexer with the modules `wk` and `weights_proj`   -> FusedProjection, or SeparateProjection with nvfp4
     tensors by their names in a checkpoint behind the indexer's ("wk.weight", ...)   -> the same
     a projection that a Loader has filled                 -> itself
+    a model or indexer that holds such projections        -> those, by name
     a tensor: fused rows, or with nvfp4 the packed wk     -> itself
 
     What else an indexer has is left alone, and so is `source`.
@@ -37,15 +38,21 @@ def prepare(source: Source, *, hidden_size: int, head_dim: int, num_heads: int, 
         if (source.shape, source.dtype) != (expected.shape, expected.dtype):
             raise CheckpointError(f"{name} is {[*source.shape]} {_named(source)}, expected {[*expected.shape]} "
                                   f"{_named(expected)}", hint="give the indexer, or its tensors by name")
+        if not source.is_meta and bool(source.isnan().any()):
+            raise CheckpointError(f"{name} has NaN: a row that no checkpoint wrote, or a broken one",
+                                  hint="prepare after loading")
         return source
-    if isinstance(source, (FusedProjection, SeparateProjection)):
-        if source.traits != traits:
-            told = ", ".join(f"{name}={source.traits[name]} for {value}" for name, value in traits.items()
-                             if source.traits[name] != value)
-            raise CheckpointError(f"the projection was made with other traits: {told}",
-                                  hint="make both with the same traits")
+    held = {name: module for name, module in source.named_modules()
+            if isinstance(module, (FusedProjection, SeparateProjection))} if isinstance(source, nn.Module) else {}
+    if held:
+        for name, module in held.items():
+            told = ", ".join(f"{trait}={module.traits[trait]} for {value}" for trait, value in traits.items()
+                             if module.traits[trait] != value)
+            if told:
+                raise CheckpointError(f"{name or 'the projection'} was made with other traits: {told}",
+                                      hint="make both with the same traits")
         Loader(source).check()
-        return source
+        return held.get("", held)
     tensors = source.state_dict() if isinstance(source, nn.Module) else source
     holder = nn.Module()
     holder.wk_weights_proj = projection(kernel, **traits, device=_device(tensors) if device is None else device)

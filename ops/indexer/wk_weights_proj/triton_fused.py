@@ -13,7 +13,7 @@ from kernel_registry.errors import InputError
 from kernel_registry.ops.moe.experts.launch import dependent_launch, on_gpu
 
 from .arrivals import Arrivals
-from .checks import make_checks
+from .checks import as_rows, make_checks
 from .fused_kernel import fused_kernel
 
 BLOCK_T = 16  # tokens a program, as few as a matrix unit multiplies
@@ -48,9 +48,7 @@ def fused(*, hidden_size, head_dim, num_heads, dtype="bfloat16", wk_format="none
         device = hidden_states.device
         out = torch.empty((*hidden_states.shape[:-1], columns), dtype=hidden_states.dtype, device=device)
         if out.numel():
-            x = hidden_states.reshape(-1, hidden_size)
-            if x.stride(1) != 1 and hidden_size > 1:
-                x = x.contiguous()
+            x = as_rows(hidden_states)
             tokens = x.shape[0]
             if tokens > MOST_TOKENS:
                 raise InputError(f"hidden_states has {tokens} tokens, this kernel takes up to {MOST_TOKENS}",

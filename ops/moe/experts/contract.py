@@ -102,6 +102,26 @@ class Experts(Contract):
         return hidden_states.new_empty(hidden_states.shape)
 
     @staticmethod
+    def parameters(traits) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Weights, scales and biases of these traits."""
+        from kernel_registry.traits.dtype import dtype_name
+
+        from .formats import ACTIVATIONS, WEIGHTS, w2_matrix, w13_matrix
+
+        weights, act = WEIGHTS[traits["weight_quant"]], ACTIVATIONS[traits["act_quant"]]
+        found = {}
+        for name, matrix in (("w13", w13_matrix(**traits)), ("w2", w2_matrix(**traits))):
+            stored = matrix.stored_shape
+            found[name] = stored, dtype_name(weights.stored) if weights.stored else traits["dtype"]
+            if weights.rows:
+                found[f"{name}_scale"] = matrix.scale_shape, dtype_name(weights.scale_dtypes[0])
+            if act is not None and not act.group:
+                found["a13_scale" if name == "w13" else "a2_scale"] = (1,), "float32"
+            if traits["has_bias"]:
+                found[f"{name}_bias"] = stored[:2], traits["dtype"]
+        return found
+
+    @staticmethod
     def workloads(config) -> list[Workload]:
         """The routed experts of every MoE layer of a model, whole, read off its Hugging Face config."""
         from kernel_registry.traits.model_config import experts as experts_of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 
@@ -14,7 +15,7 @@ from .probe import TOKENS, changed_tokens
 from .views import views
 
 NAME = "e_score_correction_bias"
-_GUARDED = "_kernel_registry_guarded_biases"  # of a module: the names of those parameters that a load may not round
+_GUARDED = "_kernel_registry_guarded_biases"  # of a module: dotted names of the parameters that a load may not round
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,9 @@ class Aligned:
 
 
 def routing_bias(*, num_experts, bias_dtype):
-    """The kernel: gives back what it gets, whose tag the registry has looked at."""
+    """The kernel: gives back what it gets, whose tag, and with it dtype and shape, the registry has looked at."""
     def take(correction_bias):
-        if correction_bias.shape[-1] != num_experts:
+        if correction_bias is None:
             refuse("correction_bias", correction_bias, f"[..., {num_experts}] {bias_dtype}")
         return correction_bias
     return take
@@ -63,33 +64,45 @@ def prepare(subject, *, num_experts, topk, num_expert_group, topk_group, num_fus
     for path, bias in changing.items():
         if getattr(bias, CAPTURED, False):
             raise CaptureError(f"{path} was read by a captured CUDA graph, which keeps the address of its "
-                               f"{names([bias.dtype])} storage", hint="prepare before capturing, or capture again")
+                               f"{names([bias.dtype])} storage",
+                               hint="prepare before capturing, or prepare a new parameter in its place, then capture")
         if not narrow:
             _refuse_rounding(path, bias, target)
     left = views(changing, subject) if changing else []
     if left:
         raise PreparationError(f"views would be left behind with the old dtype: {'; '.join(left)}",
                                hint="drop them, prepare, and take them again from the parameter")
-    report = tuple(_align(path, bias, target, num_experts=num_experts, topk=topk, num_expert_group=num_expert_group,
-                          topk_group=topk_group, num_fused_shared_experts=num_fused_shared_experts, scoring=scoring)
+    made = {path: bias.detach().to(target) for path, bias in changing.items()}
+    report = tuple(_told(path, bias.data, made[path], num_experts=num_experts, topk=topk,
+                         num_expert_group=num_expert_group, topk_group=topk_group,
+                         num_fused_shared_experts=num_fused_shared_experts, scoring=scoring)
+                   if path in made else Aligned(path, names([target]), names([target]))
                    for path, bias in biases.items())
-    if isinstance(subject, torch.nn.Module):
-        for path in biases:
-            _guard(subject, path, narrow)
-        return Prepared(biases, report)
-    return Prepared(subject, report)
+    for path, values in made.items():  # last, when nothing is left that may fail
+        biases[path].data = values  # the object stays, and with it every holder's reference to it
+    if not isinstance(subject, torch.nn.Module):
+        return Prepared(subject, report)
+    ours = {id(bias) for bias in biases.values()}
+    for path in (path for path, tensor in _tensors(subject).items() if id(tensor) in ours):
+        _guard(subject, path, narrow)
+    return Prepared(biases, report)
+
+
+def _tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers, those with several names under each."""
+    return {**dict(module.named_parameters(remove_duplicate=False)),
+            **dict(module.named_buffers(remove_duplicate=False))}
 
 
 def _find(subject, name: str, num_experts: int) -> dict[str, torch.Tensor]:
     if isinstance(subject, torch.Tensor):
         found = {"correction_bias": subject}
     elif isinstance(subject, torch.nn.Module):
-        wanted = name.split(".")
-        every = {**dict(subject.named_parameters(remove_duplicate=False)),  # one may be held under other names first
-                 **dict(subject.named_buffers(remove_duplicate=False))}
-        once = {id(tensor): path for path, tensor in reversed(every.items())
-                if path.split(".")[-len(wanted):] == wanted}
-        found = {path: every[path] for path in reversed(once.values())}
+        wanted, every, once = name.split("."), _tensors(subject), {}
+        for path, tensor in every.items():
+            if path.split(".")[-len(wanted):] == wanted:
+                once.setdefault(id(tensor), (path, tensor))  # under the first of its names
+        found = dict(once.values())
         if not found:
             near = [path for path in every if "bias" in path.rpartition(".")[2]]
             raise PreparationError(f"{type(subject).__name__} has no parameter and no buffer called {name}",
@@ -107,8 +120,8 @@ def _find(subject, name: str, num_experts: int) -> dict[str, torch.Tensor]:
 
 def _rounded(values: torch.Tensor, target: torch.dtype) -> bool:
     """Whether `target` does not hold some of the values; a NaN stays one."""
-    back = values.to(target).to(values.dtype)
-    return bool(((back != values) & ~(back.isnan() & values.isnan())).any())
+    before, after = values.double(), values.to(target).double()
+    return bool(((before != after) & ~(before.isnan() & after.isnan())).any())
 
 
 def _distinct(values: torch.Tensor) -> int | None:
@@ -119,44 +132,44 @@ def _refuse_rounding(path: str, values: torch.Tensor, target: torch.dtype) -> No
     values = values.detach()
     change = f"{path} would go from {names([values.dtype])} to {names([target])}"
     hint = f"use a router that takes bias_dtype={names([values.dtype])}, or narrow=True to accept other experts"
-    if torch.promote_types(values.dtype, target) == target:
-        return
     if values.is_meta:
-        raise PreparationError(f"{change} before its values are there, so nothing says that they stay", hint=hint)
-    if _rounded(values, target):
+        if torch.promote_types(values.dtype, target) != target:
+            raise PreparationError(f"{change} before its values are there, so nothing says that they stay", hint=hint)
+    elif _rounded(values, target):
         raise PreparationError(f"{change}, which changes values: of {_distinct(values)} distinct ones "
                                f"{_distinct(values.to(target))} would be left", hint=hint)
 
 
-def _align(path: str, bias: torch.Tensor, target: torch.dtype, **router) -> Aligned:
-    if bias.dtype == target:
-        return Aligned(path, names([target]), names([target]))
-    old = bias.data
-    bias.data = old.to(target)  # the object stays, and with it every holder's reference to it
-    before, after = names([old.dtype]), names([target])
+def _told(path: str, old: torch.Tensor, new: torch.Tensor, **router) -> Aligned:
     probe = {}
-    if not old.is_meta and _rounded(old, target):
+    if not old.is_meta and _rounded(old, new.dtype):
         probe = dict(tokens=TOKENS * (old.numel() // router["num_experts"]),
-                     changed_tokens=changed_tokens(old, bias, **router))
-    return Aligned(path, before, after, _distinct(old), _distinct(bias), **probe)
+                     changed_tokens=changed_tokens(old, new, **router))
+    return Aligned(path, names([old.dtype]), names([new.dtype]), _distinct(old), _distinct(new), **probe)
 
 
 def _guard(root: torch.nn.Module, path: str, narrow: bool) -> None:
-    """From now on `load_state_dict` refuses to round the values of this parameter, unless `narrow`."""
-    owner, _, short = path.rpartition(".")
-    module = root.get_submodule(owner)
-    guarded = vars(module).get(_GUARDED)
-    if guarded is None:
-        guarded = set()
-        object.__setattr__(module, _GUARDED, guarded)
-        module.register_load_state_dict_pre_hook(_refuse_rounded_load)
-    (guarded.discard if narrow else guarded.add)(short)
+    """From now on `load_state_dict` refuses to round the values of this parameter, unless `narrow`. Each module on the
+    way looks, so that one that loads many parameters refuses before it has written the first."""
+    parts = path.split(".")
+    for depth in range(len(parts)):
+        module = root.get_submodule(".".join(parts[:depth]))
+        guarded = vars(module).get(_GUARDED)
+        if guarded is None:
+            guarded = set()
+            object.__setattr__(module, _GUARDED, guarded)
+            module.register_load_state_dict_pre_hook(_refuse_rounded_load)
+        (guarded.discard if narrow else guarded.add)(".".join(parts[depth:]))
 
 
 def _refuse_rounded_load(module, state_dict, prefix, local_metadata, *_):
     if local_metadata.get("assign_to_params_buffers"):
         return  # what is loaded takes the parameter's place, and is not rounded; it has no tag, which kernels see
-    for name in vars(module).get(_GUARDED, ()):
-        given, bias = state_dict.get(prefix + name), getattr(module, name, None)
-        if isinstance(given, torch.Tensor) and given.is_floating_point() and isinstance(bias, torch.Tensor):
+    for name in sorted(vars(module).get(_GUARDED, ())):
+        given = state_dict.get(prefix + name)
+        try:
+            bias = attrgetter(name)(module)
+        except AttributeError:  # it was taken out since
+            continue
+        if isinstance(given, torch.Tensor) and given.is_floating_point() and given.shape == bias.shape:
             _refuse_rounding(prefix + name, given, bias.dtype)

@@ -17,10 +17,10 @@ def changed_tokens(before, after, *, num_experts, topk, num_expert_group, topk_g
                       num_expert_group=num_expert_group, topk_group=topk_group, num_fused_shared_experts=0,
                       scoring=scoring, has_bias=True, renormalize=False, dtype="float32", bias_dtype="float32",
                       score_dtype="float32")
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(seed)  # of the host, so that every device sees the same tokens
     changed = 0
-    for one, other in zip(*(bias.detach().float().cpu().reshape(-1, num_experts) for bias in (before, after))):
-        logits = torch.randn(tokens, num_experts, generator=draw)
+    for one, other in zip(*(bias.detach().float().reshape(-1, num_experts) for bias in (before, after))):
+        logits = torch.randn(tokens, num_experts, generator=draw).to(one.device)
         ids = [route(logits, bias)[1].sort(dim=-1).values for bias in (one, other)]
         changed += int((ids[0] != ids[1]).any(dim=-1).sum())
     return changed

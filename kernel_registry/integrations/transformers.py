@@ -1,0 +1,250 @@
+"""The registry's kernels in Hugging Face transformers: routers, and experts through its experts interface.
+
+    from kernel_registry.integrations.transformers import enable
+
+    report = enable(model)      # a model in hand; print(report) says which module got which kernel and why
+    report.disable()            # or `with enable(model):`
+
+    enable()                    # models built later: their routers, and their experts where they are built with
+    disable()                   # experts_implementation="kernel_registry"
+
+Modules are read when a model is switched on, or when one first runs (transformers_modules.py). What can't be served
+stays with transformers' own code: the report says so, and one log line. So do calls that record gradients, for which
+kernels have none. Every dispatch is behind torch.ops.kernel_registry, so torch.compile traces none of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import inspect
+import logging
+from types import MethodType
+
+import torch
+
+from ..planning import PlanRow
+from . import transformers_modules as modules
+from .report import Report, Row
+from .transformers_forward import (CALL, OWN, experts_call, experts_forward, forget, log, own_experts, router_call,
+                                   router_forward)
+from .transformers_modules import Declined
+
+NAME = "kernel_registry"  # of the experts implementation
+_REPORT = "_kernel_registry_report"  # attribute of a model that is switched on
+_classes: list[Report] = []  # the report of enable() without a model
+
+
+# ---- switching -------------------------------------------------------------------------------------------------------
+
+def enable(model: torch.nn.Module | None = None, *, model_types: "list[str] | None" = None, through: str = "forward"
+           ) -> Report:
+    """Switches a model on, or, without one, the router classes for models built later. Returns what came of it.
+
+    model_types  without a model: the packages of transformers.models whose routers to switch; None for all in the table
+    through      "forward" sets the routers' forward; "kernels" lets Hugging Face's `kernels` package do it (kernelize)
+    """
+    if through not in ("forward", "kernels"):
+        raise ValueError(f"through={through!r}, expected 'forward' or 'kernels'")
+    holder = vars(model).get(_REPORT) if model is not None else next(iter(_classes), None)
+    if holder is not None:
+        return holder
+    report = Report(f"transformers {_transformers().__version__}: "
+                    + ("router classes" if model is None else type(model).__name__))
+    try:
+        if model is None:
+            _classes.append(report)
+            report.undo += [forget, _classes.clear]
+            _register(report)
+            _switch_classes(report, model_types)
+        else:
+            setattr(model, _REPORT, report)
+            report.undo.append(lambda: delattr(model, _REPORT))
+            _switch_routers(report, model, through)
+            _switch_experts(report, model)
+    except BaseException:
+        with contextlib.suppress(Exception):  # the first error is the one to tell
+            report.disable()
+        raise
+    log.log(logging.WARNING if report.declined else logging.INFO, report.line)
+    return report
+
+
+def disable(model: torch.nn.Module | None = None) -> None:
+    """Undoes `enable` of the same argument; nothing where there was none."""
+    report = vars(model).get(_REPORT) if model is not None else next(iter(_classes), None)
+    if report is not None:
+        report.disable()
+
+
+def _transformers():
+    try:
+        return importlib.import_module("transformers")
+    except ModuleNotFoundError as error:
+        raise ImportError("transformers is not installed here: pip install transformers") from error
+
+
+def _interfaces():
+    from transformers.integrations import finegrained_fp8, moe
+
+    return moe.ALL_EXPERTS_FUNCTIONS, finegrained_fp8.ALL_FP8_EXPERTS_FUNCTIONS
+
+
+def _register(report: Report) -> None:
+    """Puts NAME into both experts interfaces; the last to leave takes it out, for which they have no method."""
+    for interface in _interfaces():
+        if NAME not in interface:
+            interface.register(NAME, experts_forward(interface))
+        users = interface._global_mapping[NAME].users
+        users.append(report)
+        report.undo.append(functools.partial(_unregister, interface, users, report))
+
+
+def _unregister(interface, users: list, report: Report) -> None:
+    users[:] = [user for user in users if user is not report]
+    if not users:
+        del interface._global_mapping[NAME]
+
+
+# ---- routers ---------------------------------------------------------------------------------------------------------
+
+def _switch_classes(report: Report, model_types) -> None:
+    for name, family in modules.families().items():
+        package = family.classes[name]
+        if model_types is not None and package not in model_types:
+            continue
+        try:
+            found = getattr(importlib.import_module(f"transformers.models.{package}.modeling_{package}"), name)
+        except (ImportError, AttributeError):
+            report.rows.append(Row(f"{package}.{name}", name, "moe.topk", None, "this transformers has no such class"))
+            continue
+        own = found.__dict__["forward"]
+        report.undo.append(functools.partial(setattr, found, "forward", own))
+        found.forward = router_forward(family, own)
+        report.rows.append(Row(f"{package}.{name}", name, "moe.topk", "chosen when a module first runs",
+                               "models built from now on"))
+
+
+def _switch_routers(report: Report, model, through: str) -> None:
+    served = {}
+    for name, module in model.named_modules():
+        family = modules.family_of(module)
+        if family is None and not type(module).__name__.lower().endswith("router"):
+            continue
+        try:
+            if family is None:
+                raise Declined("transformers.yaml has no row for this class")
+            if "forward" in vars(module):
+                raise Declined("its forward is set already, by another than the registry")
+            call, row = router_call(module, family)
+        except Declined as declined:
+            report.rows.append(_stays(name, module, "moe.topk", str(declined)))
+            continue
+        report.rows.append(_serves(name, module, row))
+        served[module] = family
+        setattr(module, CALL, call)
+        report.undo.append(functools.partial(delattr, module, CALL))
+    if through == "kernels":
+        _kernelize(report, model, served)
+        return
+    for module, family in served.items():
+        module.forward = MethodType(router_forward(family, modules.own_forward(type(module))), module)
+        report.undo.append(functools.partial(delattr, module, "forward"))
+
+
+def _kernelize(report: Report, model, served: dict) -> None:
+    """The routers' forward, set by Hugging Face's `kernels` as it sets those of the Hub."""
+    import kernels
+
+    mode, mapping = kernels.Mode.INFERENCE | kernels.Mode.TORCH_COMPILE, {}
+    for cls, family in {type(module): family for module, family in served.items()}.items():
+        layer = type(f"KernelRegistry{cls.__name__}", (torch.nn.Module,), {
+            "forward": router_forward(family, modules.own_forward(cls)), "can_torch_compile": True,
+            "has_backward": False})
+        mapping[layer.__name__] = {next(model.parameters()).device.type: {mode: _Repository(layer)}}
+        before = dict(vars(cls))
+        kernels.replace_kernel_forward_from_hub(cls, layer.__name__)
+        for name in [name for name, value in vars(cls).items() if before.get(name) is not value]:
+            report.undo.append(functools.partial(setattr, cls, name, before[name]) if name in before else
+                               functools.partial(delattr, cls, name))
+    for module in model.modules():  # what kernelize sets on others too, their own forward among it, is undone
+        if "forward" not in vars(module):
+            report.undo.append(functools.partial(vars(module).pop, "forward", None))
+    with kernels.use_kernel_mapping(mapping, inherit_mapping=False):
+        kernels.kernelize(model, mode=mode, device=next(model.parameters()).device.type)
+
+
+class _Repository:
+    """What `kernels` loads a layer from: here, the layer itself."""
+
+    def __init__(self, layer: type):
+        self.layer = layer
+
+    def load(self) -> type:
+        return self.layer
+
+    def __eq__(self, other):
+        return isinstance(other, _Repository) and other.layer is self.layer
+
+    def __hash__(self):
+        return hash(self.layer)
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+# ---- experts ---------------------------------------------------------------------------------------------------------
+
+def _switch_experts(report: Report, model) -> None:
+    calls = {}
+    for name, module in model.named_modules():
+        if not modules.is_experts(module):
+            if type(module).__name__.endswith("Experts"):
+                report.rows.append(_stays(name, module, "moe.experts", "the experts interface does not reach it"))
+            continue
+        try:
+            if not hasattr(model, "set_experts_implementation"):
+                raise Declined(f"{type(model).__name__} is no model of transformers, whose interface could be set")
+            modules.read_experts(module)  # before anything of it is changed
+            for parameter in modules.lay_out(module):
+                report.undo.append(functools.partial(_contiguous, parameter))
+            calls[module], row = experts_call(module)
+        except Declined as declined:
+            calls[module] = None
+            report.rows.append(_stays(name, module, "moe.experts", str(declined)))
+            continue
+        report.rows.append(_serves(name, module, row))
+    if not any(call is not None for call in calls.values()):
+        return
+    before = model.get_experts_implementation()
+    _register(report)
+    report.undo.append(functools.partial(model.set_experts_implementation, before))
+    for module, call in calls.items():
+        own = own_experts(_interface_of(module), module, module.config._experts_implementation)
+        for name, value in ((CALL, call), (OWN, own)):
+            setattr(module, name, value)
+            report.undo.append(functools.partial(delattr, module, name))
+    model.set_experts_implementation(NAME)
+    astray = [module for module, call in calls.items() if call and module.config._experts_implementation != NAME]
+    if astray:
+        raise RuntimeError(f"transformers did not switch {type(astray[0]).__name__} of {type(model).__name__} to "
+                           f"experts_implementation={NAME!r}; enable the submodel that it is in")
+
+
+def _interface_of(module):
+    """Which of the two interfaces dispatches this module: it is in the decorator's closure of its forward."""
+    cells = inspect.getclosurevars(type(module).forward).nonlocals
+    return cells.get("experts_interface", _interfaces()[0])
+
+
+def _contiguous(parameter) -> None:
+    parameter.data = parameter.data.contiguous()
+
+
+def _serves(name: str, module, row: PlanRow) -> Row:
+    return Row(name, type(module).__name__, row.op, row.implementation, row.why)
+
+
+def _stays(name: str, module, op: str, why: str) -> Row:
+    return Row(name, type(module).__name__, op, None, why)

@@ -1,0 +1,96 @@
+"""Real processes as ranks: started once, since each imports torch, and given a fresh process group for every run."""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+TIMEOUT = 60  # seconds in which a collective, and a whole run, has to be done
+
+
+class Died(Exception):
+    """A rank's process ended without an answer."""
+
+
+class Failed(Exception):
+    """A rank raised; carries its traceback."""
+
+
+class Ranks:
+    """`run(world, function, *args)` calls function(rank, device, *args) in `world` processes that share a process
+    group, and returns their results by rank. The function is found by its module's name, so it is a module's own."""
+
+    def __init__(self):
+        self._context = multiprocessing.get_context("spawn")
+        self._workers: list = []
+
+    def run(self, world: int, function, *args, backend: str = "gloo", timeout: float = TIMEOUT,
+            dying: tuple[int, ...] = ()) -> list:
+        """What each rank returned; None for those that are expected to die."""
+        while len(self._workers) < world:
+            self._workers.append(self._start())
+        with tempfile.TemporaryDirectory() as folder:
+            store = str(Path(folder) / "store")
+            for rank, (_, pipe) in enumerate(self._workers[:world]):
+                pipe.send((function, rank, world, backend, store, timeout, args))
+            answers = [self._answer(rank) for rank in range(world)]
+        wrong = [f"rank {rank}: {answer}" for rank, answer in enumerate(answers)
+                 if isinstance(answer, Exception) and not (rank in dying and isinstance(answer, Died))]
+        if wrong:
+            self.stop()
+            raise Failed("\n".join(wrong))
+        if dying:
+            self.stop()
+        return [None if isinstance(answer, Died) else answer for answer in answers]
+
+    def _start(self):
+        here, there = self._context.Pipe()
+        process = self._context.Process(target=work, args=(there,), daemon=True)
+        process.start()
+        there.close()
+        return process, here
+
+    def _answer(self, rank: int):
+        process, pipe = self._workers[rank]
+        try:
+            if not pipe.poll(2 * TIMEOUT):
+                return Failed("no answer in time")
+            good, value = pipe.recv()
+        except (EOFError, ConnectionError):
+            return Died("its process ended")
+        return value if good else Failed(value)
+
+    def stop(self) -> None:
+        for process, pipe in self._workers:
+            pipe.close()
+            process.kill()
+            process.join()
+        self._workers = []
+
+
+def work(pipe) -> None:
+    """What a process does until its pipe is closed."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)  # the ranks share few cores
+    while True:
+        try:
+            function, rank, world, backend, store, timeout, args = pipe.recv()
+        except (EOFError, ConnectionError):
+            return
+        device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+        try:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world,
+                                    timeout=timedelta(seconds=timeout))
+            pipe.send((True, function(rank, device, *args)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
