@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import tempfile
 import traceback
@@ -26,17 +27,19 @@ class Ranks:
     def __init__(self):
         self._context = multiprocessing.get_context("spawn")
         self._workers: list = []
+        # One folder for all runs: a group's last member looks for its store's file when it lets go of the group.
+        self._stores = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        self._runs = itertools.count()
 
     def run(self, world: int, function, *args, backend: str = "gloo", timeout: float = TIMEOUT,
             dying: tuple[int, ...] = ()) -> list:
         """What each rank returned; None for those that are expected to die."""
         while len(self._workers) < world:
             self._workers.append(self._start())
-        with tempfile.TemporaryDirectory() as folder:
-            store = str(Path(folder) / "store")
-            for rank, (_, pipe) in enumerate(self._workers[:world]):
-                pipe.send((function, rank, world, backend, store, timeout, args))
-            answers = [self._answer(rank) for rank in range(world)]
+        store = str(Path(self._stores.name) / f"run_{next(self._runs)}")
+        for rank, (_, pipe) in enumerate(self._workers[:world]):
+            pipe.send((function, rank, world, backend, store, timeout, args))
+        answers = [self._answer(rank) for rank in range(world)]
         wrong = [f"rank {rank}: {answer}" for rank, answer in enumerate(answers)
                  if isinstance(answer, Exception) and not (rank in dying and isinstance(answer, Died))]
         if wrong:
@@ -88,9 +91,10 @@ def work(pipe) -> None:
                 torch.cuda.set_device(device)
             dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world,
                                     timeout=timedelta(seconds=timeout))
-            pipe.send((True, function(rank, device, *args)))
+            answer = True, function(rank, device, *args)
         except BaseException:
-            pipe.send((False, traceback.format_exc()))
+            answer = False, traceback.format_exc()
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+        pipe.send(answer)  # once the group is left: whoever has it may start the next run
