@@ -1,5 +1,6 @@
 # make run    creates .venv, installs, and takes DeepSeek-V3's config from plan to checked execution
-# make test   creates .venv, installs, and runs the whole suite
+# make test   creates .venv, installs, and runs the whole suite, but for what needs a serving runtime
+# make runtimes   the tests in vLLM, SGLang, TokenSpeed and transformers, each in an environment that is kept
 # TORCH names the torch to install (a CPU build is enough); VENV the environment; WORKERS the test processes.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -8,7 +9,7 @@ WORKERS ?= 2
 MODEL ?= deepseek-v3
 TOOL = $(VENV)/bin/kernel-registry
 
-.PHONY: install run test lint clean
+.PHONY: install run test runtimes lint clean
 
 install: $(VENV)/installed
 
@@ -26,6 +27,9 @@ run: install
 
 test: install
 	$(VENV)/bin/python -m pytest -n $(WORKERS)
+
+runtimes: install
+	TORCH="$(TORCH)" WORKERS="$(WORKERS)" $(VENV)/bin/nox -f tests/integrations/noxfile.py
 
 lint: install
 	$(VENV)/bin/ruff check .
