@@ -3,7 +3,7 @@
     from kernel_registry.nn import MoE
 
     layer = MoE("qwen3-30b-a3b", device="cuda")
-    layer.load_state_dict(weights)          # gate, w13, w2 and what else print(layer) shows
+    layer.load_state_dict(weights)          # gate, experts.w13, experts.w2 and what else layer.state_dict() has
     y = layer(hidden_states)                # [..., H]
     print(layer.explain())                  # which kernels run, and why
 
