@@ -30,7 +30,7 @@ THE_LINE = "version: 1\noverrides:\n  - {op: moe.topk, use: torch}\n"
 def rank_main(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS,
-                            timeout=timedelta(seconds=60))
+                            timeout=timedelta(minutes=5))
     torch.manual_seed(0)  # every rank draws the whole model, and keeps its part
     w13, w2 = torch.randn(COUNT, 2 * INTERMEDIATE, HIDDEN) / 8, torch.randn(COUNT, HIDDEN, INTERMEDIATE) / 8
     bias, hidden = torch.randn(COUNT) / 100, torch.randn(sum(TOKENS), HIDDEN)

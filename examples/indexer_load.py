@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from kernel_registry import registry
+from kernel_registry import Registry
 from kernel_registry.errors import CheckpointError
 from kernel_registry.ops.indexer.wk_weights_proj.loader import Loader
 from kernel_registry.ops.indexer.wk_weights_proj.module import FusedProjection
 
+registry = Registry(platform="cpu")  # where the tensors are, here; without, it decides for this machine's GPU
 OP = "indexer.wk_weights_proj"
 TRAITS = dict(hidden_size=320, head_dim=128, num_heads=64, wk_format="fp8_block")
 
@@ -66,7 +67,7 @@ def main() -> None:
     assert k.untyped_storage().data_ptr() == head_weights.untyped_storage().data_ptr()
     print(f"k {list(k.shape)}, weights {list(head_weights.shape)}: two views of one result")
     for wk_format in ("fp8_block", "nvfp4"):
-        chosen = registry.explain(OP, **{**TRAITS, "wk_format": wk_format}, platform="cpu").winner
+        chosen = registry.explain(OP, **{**TRAITS, "wk_format": wk_format}).winner
         print(f"wk in {wk_format}: {chosen}")
 
 

@@ -12,9 +12,10 @@ from dataclasses import replace
 
 import torch
 
-from kernel_registry import moe_layer, registry
+from kernel_registry import Registry, moe_layer
 from kernel_registry.layer import read_layer
 
+registry = Registry(platform="cpu")  # where the tensors are, here; without, it decides for this machine's GPU
 TOKENS, EXPERTS, HIDDEN, INTERMEDIATE = 6, 32, 64, 48
 
 
@@ -32,7 +33,7 @@ def main() -> None:
     def shared_expert(x):
         return torch.nn.functional.silu(x @ up) @ down
 
-    layer = moe_layer(traits, w13, w2, correction_bias=bias, shared_expert=shared_expert)
+    layer = moe_layer(traits, w13, w2, correction_bias=bias, shared_expert=shared_expert, registry=registry)
     print(layer.explain().rpartition("\n\n")[2])
 
     hidden = torch.randn(TOKENS, HIDDEN).bfloat16()

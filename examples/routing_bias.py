@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import torch
 
-from kernel_registry import errors, moe_router, registry
+from kernel_registry import Registry, errors, moe_router
 from kernel_registry.preparation import preparation_of
 
+registry = Registry(platform="cpu")  # where the tensors are, here; without, it decides for this machine's GPU
 EXPERTS = 256
 ROUTER = dict(num_experts=EXPERTS, topk=8, dtype="bfloat16")
 
@@ -50,7 +51,7 @@ def main() -> None:
         print(f"refused: {error.message}")
 
     pointer = bias.data_ptr()
-    route = moe_router(bias, **ROUTER)  # finds one that takes float32 beside bfloat16 logits
+    route = moe_router(bias, registry=registry, **ROUTER)  # finds one that takes float32 beside bfloat16 logits
     assert bias.dtype == torch.float32 and bias.data_ptr() == pointer
     print(f"routed as it is: {route.traits['dtype']} logits, {route.traits['bias_dtype']} bias")
     weights, ids = route(torch.randn(4, EXPERTS).bfloat16(), bias)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from threading import get_ident
 from typing import TYPE_CHECKING, Callable, Iterator, Mapping
 
+from .aliasing import COPIES, TRAIT, WRITES
 from .bound import BoundKernel, first_argument
 from .catalog import Op
 from .errors import CaptureError
@@ -76,8 +77,9 @@ def what_runs(kernel: BoundKernel, dynamic: Mapping[str, object]) -> dict[str, s
     one = table.decision.implementation
     tiling, tokens = kernel.tiles.get(one.name), {**kernel.request.traits, **dynamic}.get("num_tokens", 0)
     tuned = None if tiling is None else tiling.nearest(tokens)
+    output = (COPIES, WRITES)[one.accepts_output_alias] if kernel.request.traits.get(TRAIT) else ""
     return {"implementation": one.name, "target": one.target, "prepare": one.prepare,
-            "options": json.dumps(dict(one.options), sort_keys=True),
+            "options": json.dumps(dict(one.options), sort_keys=True), "output": output,
             "tile": "the default tile" if tuned is None else json.dumps(tiling.tuned[tuned], sort_keys=True)}
 
 

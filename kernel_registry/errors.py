@@ -55,7 +55,8 @@ class PlanError(RegistryError):
 
 
 class RankError(PlanError):
-    """Ranks that would run different kernels. `differences` has, by rank, what it has otherwise than most others."""
+    """Ranks that would run different kernels, or that failed where others wait for them. `differences` has, by rank,
+    what it has otherwise than most others, or what was wrong."""
 
     def __init__(self, message: str, *, differences: Mapping[int, Sequence[str]], **more):
         super().__init__(message, **more)

@@ -73,8 +73,22 @@ def moe_layer(config: "str | Mapping | ModelConfig | LayerTraits", w13, w2, *, c
                      layer and call it together, each with tokens of its own (expert_parallel.py)
     registry         of the three ops
     tensors          the others of moe.experts: w13_scale, w2_scale, a13_scale, a2_scale, w13_bias, w2_bias, expert_map
-    Raises TraitError where config and tensors contradict each other, and what a dispatch raises.
+    Raises TraitError where config and tensors contradict each other, and what a dispatch raises; over a group,
+    RankError where another rank raised.
     """
+    def given():
+        return _given(config, w13, w2, correction_bias, shared_expert, shared_stream, registry, tensors)
+
+    if group is None:
+        return MoELayer(*given())
+    from .expert_parallel import ExpertParallelLayer
+
+    return ExpertParallelLayer.together(group, given)
+
+
+def _given(config, w13, w2, correction_bias, shared_expert, shared_stream, registry: Registry,
+           tensors: Mapping[str, object]) -> tuple:
+    """MoELayer's arguments, from moe_layer's."""
     from .errors import TraitError, UnknownNameError, suggestion
 
     for name in tensors:
@@ -92,16 +106,15 @@ def moe_layer(config: "str | Mapping | ModelConfig | LayerTraits", w13, w2, *, c
         raise TraitError(f"{told}, the router chooses among {routed}", where=traits.name,
                          hint="what it chooses and nobody has would count as zeros: pass an expert_map with an entry "
                               "for each of the router's experts, -1 for those of other machines")
-    given = (traits, w13, w2, {name: tensors.get(name) for name in _TENSORS}, correction_bias, shared_expert,
-             shared_stream, registry)
-    if group is None:
-        return MoELayer(*given)
-    from .expert_parallel import ExpertParallelLayer
+    last = -1 if table is None else int(table.max())
+    if last >= len(w13):  # kernels would skip it, like an expert that is elsewhere
+        raise TraitError(f"expert_map names row {last} of w13, which has {len(w13)}", where=traits.name,
+                         hint="entries are rows of w13 as it is here, and not the router's numbers")
+    return (traits, w13, w2, {name: tensors.get(name) for name in _TENSORS}, correction_bias, shared_expert,
+            shared_stream, registry)
 
-    return ExpertParallelLayer(*given, group)
 
-
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class MoELayer:
     """A layer to call; `moe_layer` makes it. `kernels` are the bound ones by op; `explain` tells why these."""
 
@@ -193,6 +206,10 @@ class MoELayer:
             raise
         output.record_stream(current)  # its memory is not given to others before `current` has read it
         return output, current
+
+    def __repr__(self):
+        chosen = ", ".join(f"{op}: {kernel.name}" for op, kernel in self.kernels.items())
+        return f"<{type(self).__name__} {self.traits.name}, {chosen}>"
 
     def explain(self) -> str:
         """Which kernels run and why, and where the result goes: as it was decided when the layer was made."""

@@ -3,7 +3,7 @@
     from kernel_registry.nn import MoE
 
     layer = MoE("qwen3-30b-a3b", device="cuda")
-    layer.load_state_dict(weights)          # gate, w13, w2 and what else print(layer) shows
+    layer.load_state_dict(weights)          # gate, experts.w13, experts.w2 and what else layer.state_dict() has
     y = layer(hidden_states)                # [..., H]
     print(layer.explain())                  # which kernels run, and why
 
@@ -19,7 +19,7 @@ from typing import Mapping
 import torch
 
 from . import torch_ops
-from .errors import TraitError
+from .errors import InputError, TraitError
 from .layer import EXPERTS, FINALIZE, TOPK, LayerTraits, read_layer
 from .registry import registry
 
@@ -63,9 +63,13 @@ class MoE(torch.nn.Module):
             if expert_map.shape != (routing["num_experts"],):
                 raise TraitError(f"expert_map has the shape {list(expert_map.shape)}", where=traits.name,
                                  hint=f"it needs an entry for each of the router's {routing['num_experts']} experts")
-            experts["num_experts"] = int((expert_map >= 0).sum())
+            here, last = int((expert_map >= 0).sum()), int(expert_map.max())
+            if last >= here:  # kernels would skip it, like an expert that is elsewhere
+                raise TraitError(f"expert_map names row {last} of w13, which would have {here}", where=traits.name,
+                                 hint="it numbers the experts that are here from 0, and has -1 for the others")
+            experts["num_experts"] = here
         self.name, self.routed_scaling_factor = traits.name, traits.routed_scaling_factor
-        self.hidden_size, self.dtype = experts["hidden_size"], getattr(torch, experts["dtype"])
+        self.hidden_size, self._published = experts["hidden_size"], getattr(torch, experts["dtype"])
         self.num_experts = routing["num_experts"]
         self.calls = {op: {name: given[name] for name in _STATIC[op]} for op, given in
                       ((TOPK, routing), (EXPERTS, experts))}
@@ -82,22 +86,46 @@ class MoE(torch.nn.Module):
         self.kept = tuple(shapes)
         self.register_buffer("expert_map", expert_map if device is None or expert_map is None
                              else expert_map.to(device), persistent=False)
+        self._table = None if expert_map is None else expert_map.cpu()
         self.shared_expert = shared_expert
+
+    def _apply(self, *args, **kwargs):
+        """The expert_map goes where the parameters go, and keeps what it says: to_empty leaves anything in a buffer, as
+        is right for what is loaded afterwards, and this one is not."""
+        super()._apply(*args, **kwargs)
+        if self._table is not None:
+            self.expert_map = self._table.to(self.expert_map.device)
+        return self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of hidden_states and of the result."""
+        quantised = self.calls[EXPERTS]["weight_quant"] != "none"
+        return self._published if quantised else self.experts["w2"].dtype
 
     def forward(self, hidden_states: torch.Tensor, *, shared_output: torch.Tensor | None = None,
                 num_token_non_padded: torch.Tensor | None = None) -> torch.Tensor:
         """[..., H] from hidden_states [..., H]; `shared_output` [..., H] is added, beside or instead of what the
         layer's own shared expert gives. Rows past num_token_non_padded, all dimensions but the last counted as one, get
         nothing routed."""
-        flat = hidden_states.reshape(-1, self.hidden_size).contiguous()
+        if hidden_states.dtype != self.dtype:
+            raise InputError(f"hidden_states is {hidden_states.dtype}, expected {self.dtype}", where=self.name,
+                             hint="cast it to the layer's dtype")
+        flat = self._rows("hidden_states", hidden_states).contiguous()
         if self.shared_expert is not None and shared_output is None:
             shared_output = self.shared_expert(hidden_states)
         weights, ids = self._route(self.logits(flat), num_token_non_padded)
         result = self._routed(flat, weights, ids)
         if shared_output is not None:
             result = torch.ops.kernel_registry.moe_finalize(
-                result, None, None, self.num_experts, shared_output=shared_output.reshape(-1, self.hidden_size))
+                result, None, None, self.num_experts, shared_output=self._rows("shared_output", shared_output))
         return result.view(hidden_states.shape)
+
+    def _rows(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """[T, H] of [..., H]; another tensor of as many elements would be cut into wrong rows."""
+        if tensor.shape[-1:] != (self.hidden_size,):
+            raise InputError(f"{name} is {[*tensor.shape]}, expected [..., {self.hidden_size}]", where=self.name)
+        return tensor.reshape(-1, self.hidden_size)
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The router's logits [T, E] of hidden_states [T, H]."""

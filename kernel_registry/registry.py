@@ -168,6 +168,13 @@ class Registry:
                 self._capturing = False
             self._captures[name] = Capture(name, tuple(calls.values()))
 
+    def forget_capture(self, name: str) -> None:
+        """For a graph that was freed: nothing is left that could replay what it held."""
+        from .errors import UnknownNameError, suggestion
+
+        if self._captures.pop(name, None) is None:
+            raise UnknownNameError(f"nothing was captured as {name!r}", hint=suggestion(name, self._captures))
+
     @property
     def captures(self) -> "tuple[Capture, ...]":
         """What every graph that was captured under `capture` holds; `.outdated` tells what would run otherwise now."""

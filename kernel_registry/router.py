@@ -32,6 +32,9 @@ def moe_router(bias, *, registry: Registry = shipped, narrow: bool = False, impl
 
     if "bias_dtype" in traits:
         raise TraitError("bias_dtype follows from the bias and the router", where=TOPK, hint="drop it")
+    if bias is None:
+        raise TraitError("moe_router got no bias", where=TOPK,
+                         hint=f"a router without one needs no preparation: bind {TOPK!r} with has_bias=False")
     own, refusal = dtype_name(bias.dtype), None
     for dtype in dict.fromkeys((own, *_DTYPES)):
         try:

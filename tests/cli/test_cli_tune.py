@@ -5,14 +5,18 @@ import json
 import pytest
 import yaml
 
+from tests.fake_op import Clock
+
 KERNEL = '''
+import sys
+
 
 def tiled(*, tiles, **_):
     def kernel(rows, factor=2.0):
         tile = tiles(len(rows))
         if tile["fail"]:
             raise RuntimeError("out of shared memory")
-        time.sleep(tile["wait"] / 1e6)
+        sys.modules.get("fake_clock", time).sleep(tile["wait"] / 1e6)  # other processes have their own
         return [[x * factor + tile["off"] for x in row] for row in rows]
     return kernel
 '''
@@ -37,6 +41,7 @@ torch: target: PACKAGE.kernels:reference, fallback: true, when: {platform: any, 
 @pytest.fixture
 def tuned(op, run, monkeypatch):
     """The command in the op's folder: tuned(arguments) runs `tune fake.double ...`."""
+    Clock(monkeypatch)
     op.write("tiles", TILES)
     op.extend("kernels", KERNEL)
     op.file = op.registry(ENTRIES)

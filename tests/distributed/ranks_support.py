@@ -9,7 +9,8 @@ import traceback
 from datetime import timedelta
 from pathlib import Path
 
-TIMEOUT = 60  # seconds in which a collective, and a whole run, has to be done
+TIMEOUT = 60  # seconds in which a collective has to be done; a whole run, or a start, has twice as many
+READY = "ready"
 
 
 class Died(Exception):
@@ -34,8 +35,10 @@ class Ranks:
     def run(self, world: int, function, *args, backend: str = "gloo", timeout: float = TIMEOUT,
             dying: tuple[int, ...] = ()) -> list:
         """What each rank returned; None for those that are expected to die."""
-        while len(self._workers) < world:
-            self._workers.append(self._start())
+        fresh = range(len(self._workers), world)
+        self._workers += [self._start() for _ in fresh]
+        for rank in fresh:  # a group's timeout is not for a start on a busy machine
+            assert self._answer(rank) == READY
         store = str(Path(self._stores.name) / f"run_{next(self._runs)}")
         for rank, (_, pipe) in enumerate(self._workers[:world]):
             pipe.send((function, rank, world, backend, store, timeout, args))
@@ -80,6 +83,7 @@ def work(pipe) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)  # the ranks share few cores
+    pipe.send((True, READY))
     while True:
         try:
             function, rank, world, backend, store, timeout, args = pipe.recv()

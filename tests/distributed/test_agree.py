@@ -9,6 +9,8 @@ import pytest
 pytest.importorskip("torch.distributed")
 pytest.importorskip("triton")
 
+from ranks_support import TIMEOUT  # noqa: E402
+
 from kernel_registry import Registry, distributed  # noqa: E402
 from kernel_registry.errors import PlanError, RankError  # noqa: E402
 
@@ -123,7 +125,10 @@ def of_a_plan_of_ones_own(rank, device, file):
 def one_dies(rank, device):
     import os
 
+    import torch.distributed as dist
+
     source = started()
+    dist.barrier()  # the others have joined the group, and wait for nothing but what rank 1 won't send
     if rank == 1:
         os._exit(1)
     begun = time.monotonic()
@@ -138,15 +143,25 @@ def one_is_late(rank, device, delay):
     return compared(started())[0]
 
 
-def one_hangs(rank, device, delay):
-    """Rank 1 does not compare for `delay` seconds, which is longer than the group waits."""
-    source, begun = started(), time.monotonic()
+def one_hangs(rank, device, seconds, over):
+    """Rank 1 does not compare until rank 0 has given up waiting, in a group that waits for so many seconds."""
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    source = started()
+    dist.barrier()
+    group, begun = dist.new_group(timeout=timedelta(seconds=seconds)), time.monotonic()
     if rank == 1:
-        time.sleep(delay)
+        while not over.exists():
+            time.sleep(0.05)
         return None
-    with pytest.raises(RuntimeError) as caught:
-        distributed.agree(source)
-    return str(caught.value), isinstance(caught.value, PlanError), time.monotonic() - begun
+    try:
+        with pytest.raises(RuntimeError) as caught:
+            distributed.agree(source, group)
+        return str(caught.value), isinstance(caught.value, PlanError), time.monotonic() - begun
+    finally:
+        over.touch()
 
 
 # ---- what comes of it ------------------------------------------------------------------------------------------------
@@ -250,14 +265,15 @@ def test_a_plan_of_ones_own(ranks, file):
 
 
 def test_a_dead_rank_is_torchs_to_tell(ranks):
-    named, took = ranks.run(2, one_dies, timeout=30, dying=(1,))[0]
-    assert not named and took < 30
+    named, took = ranks.run(2, one_dies, dying=(1,))[0]
+    assert not named and took < TIMEOUT
 
 
-def test_a_late_rank_is_waited_for_and_a_stuck_one_as_long_as_the_group_waits(ranks):
+def test_a_late_rank_is_waited_for_and_a_stuck_one_as_long_as_the_group_waits(ranks, tmp_path):
     assert ranks.run(2, one_is_late, 1.0) == ["agreed", "agreed"]
-    (message, named, took), _ = ranks.run(2, one_hangs, 8.0, timeout=4)
-    assert "imed out" in message and not named and 3 < took < 8, "torch's own error, at the timeout of the group"
+    (message, named, took), _ = ranks.run(2, one_hangs, 4, tmp_path / "over")
+    assert "imed out" in message and not named, "torch's own error"
+    assert 3 < took < TIMEOUT, "at the timeout of the group, which is not that of all groups"
 
 
 def test_without_a_process_group_torch_says_what_is_missing():

@@ -136,6 +136,50 @@ def refused_inputs(rank, device):
     return layer(hidden, logits).cpu()
 
 
+def one_refuses(rank, device):
+    """Rank 1 has a call of its own that can't be right, in each way in which it can be noticed; then all call again."""
+    def shared(hidden):
+        return shared_expert(hidden) if broken is not shared else 1 / 0
+    layer, hidden, logits = layer_of(rank, device, shared_expert=shared)
+    told = []
+    for broken, wrong in (("hidden states", (hidden[:, :-1], logits)), ("logits", (hidden, logits.double())),
+                          (shared, (hidden, logits))):
+        if rank != 1:
+            broken, wrong = None, (hidden, logits)
+        with pytest.raises(Exception) as caught:
+            layer(*wrong)
+        told.append((type(caught.value).__name__, str(caught.value)))
+    broken = None
+    return told, layer(hidden, logits).cpu()
+
+
+def one_can_not_make_it(rank, device, missing):
+    import torch.distributed as dist
+
+    traits = traits_of("float32")
+    *_, weights = whole(traits, device, dist.get_world_size())
+    own = share(weights, rank, dist.get_world_size(), "halves")
+    if rank == 1:
+        del own[missing]
+    with pytest.raises((TraitError, RankError)) as caught:
+        moe_layer(traits, **own, group=dist.group.WORLD, registry=registry_of(device))
+    return type(caught.value), caught.value.message
+
+
+def in_a_group_of_others(rank, device):
+    """Rank 1 is alone in its group; rank 0 has been given the same one."""
+    import torch.distributed as dist
+
+    group, traits = dist.new_group([1]), traits_of("float32")
+    *_, weights = whole(traits, device, 2)
+    own = share(weights, 0, 1, "halves")
+    if rank == 1:
+        return moe_layer(traits, **own, group=group, registry=registry_of(device)).output
+    with pytest.raises(TraitError) as caught:
+        moe_layer(traits, **own, group=group, registry=registry_of(device))
+    return caught.value.message
+
+
 def of_two_models(rank, device):
     with pytest.raises(TraitError) as caught:
         layer_of(rank, device, topk=3 + rank)
@@ -301,6 +345,28 @@ def test_an_expert_on_no_rank_or_on_two_is_refused_on_every_rank(ranks):
 def test_a_call_that_can_not_be_right_is_refused_before_anything_is_sent(ranks):
     answers = ranks.run(2, refused_inputs)
     assert torch.equal(torch.cat(answers), in_parts("float32", 3, 2, "halves")[1])
+
+
+def test_ranks_do_not_wait_for_one_that_has_refused_its_call(ranks):
+    """They raise as well, and the group is as good as before."""
+    (others, first), (own, second), (third, last) = ranks.run(3, one_refuses)
+    assert [kind for kind, _ in own] == ["InputError", "InputError", "ZeroDivisionError"]
+    for told in (others, third):
+        assert [kind for kind, _ in told] == ["RankError"] * 3
+        assert all(text.startswith("ranks [1] of the group could not route their tokens") for _, text in told)
+    assert torch.equal(torch.cat([first, second, last]), in_parts("float32", 3, 3, "halves", shared=True)[1])
+
+
+@pytest.mark.parametrize("missing", ["correction_bias", "expert_map"])
+def test_a_rank_that_can_not_make_its_layer_tells_its_peers_why(ranks, missing):
+    (kind, message), (own, told) = ranks.run(2, one_can_not_make_it, missing)
+    assert kind is RankError and own is TraitError
+    assert message.startswith("rank 1 of the group can't make the layer: TraitError: float32: ") and told in message
+
+
+def test_a_rank_outside_of_the_group_is_told(ranks):
+    outside, inside = ranks.run(2, in_a_group_of_others)
+    assert "no member of the group" in outside and inside.startswith("over 1 ranks\n")
 
 
 def test_an_engine_compares_before_its_first_forward(ranks, tmp_path):

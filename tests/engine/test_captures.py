@@ -8,7 +8,7 @@ import threading
 import pytest
 from engine_support import call
 
-from kernel_registry.errors import CaptureError, DocumentError
+from kernel_registry.errors import CaptureError, DocumentError, UnknownNameError
 
 TWO = {"small": {"num_tokens": {"max": 15}}, "big": {"num_tokens": {"min": 16}},
        "reference": {"when": {"groups": "any"}, "fallback": True}}
@@ -97,6 +97,57 @@ def test_options_count_as_well_as_the_name(toy):
     file(2)
     (capture,) = registry.reload()
     assert str(capture).endswith('contiguous=true: {"rows": 1} -> {"rows": 2}') and kernel(call()) == 2
+
+
+def test_whether_a_kernel_writes_into_out_counts_where_a_call_brings_one(toy):
+    """In what was captured, it does still."""
+    torch = pytest.importorskip("torch")
+    module = toy.module("""
+import torch
+from kernel_registry.contract import OUTPUT_ALIAS, Contract
+from kernel_registry.traits.trait import Trait
+
+
+class Into(Contract):
+    traits = (Trait(OUTPUT_ALIAS, "bool", "performance", default=False), Trait("platform", "platform", "platform"))
+    read_until_end = ("x",)
+
+    @staticmethod
+    def signature(x, *, out=None):
+        \"\"\"One tensor.\"\"\"
+
+
+def adds(**_):
+    return lambda x, out=None: torch.add(x, 1, out=out)
+""")
+    text = f"""
+version: 1
+ops:
+  toy.op:
+    contract: {module}:Into
+    implementations:
+      a: {{target: "{module}:adds", when: {{platform: any, output_alias: any}}, accepts_output_alias: true}}
+"""
+    file = toy.write(text)
+    registry = toy.registry(file)
+    kernels = {name: registry.bind(toy.OP, output_alias=into) for name, into in (("into out", True), ("fresh", False))}
+    for name, kernel in kernels.items():
+        with registry.capture(name):
+            kernel(torch.zeros(2), **({"out": torch.empty(2)} if name == "into out" else {}))
+    file.write_text(text.replace("accepts_output_alias: true", "accepts_output_alias: false"))
+    (capture,) = registry.reload()
+    assert capture.name == "into out" and str(capture).endswith(": writes into out -> copies into out")
+
+
+def test_a_graph_that_was_freed_is_forgotten(toy, registry):
+    kernel = registry.bind(toy.OP, size=8)
+    for name in ("decode, 4 tokens", "decode, 5 tokens"):
+        with registry.capture(name):
+            kernel(call(4))
+    registry.forget_capture("decode, 4 tokens")
+    assert [capture.name for capture in written(toy, registry, {"disable": "small"})] == ["decode, 5 tokens"]
+    with pytest.raises(UnknownNameError, match="captured as 'decode, 6 tokens'\n.*did you mean 'decode, 5 tokens'"):
+        registry.forget_capture("decode, 6 tokens")
 
 
 def test_a_tile_counts_at_the_numbers_of_tokens_that_it_serves(tiled):

@@ -243,6 +243,21 @@ def test_experts_that_the_router_can_choose_and_nobody_has_are_refused(given, er
         moe_layer(TRAITS, **tensors, correction_bias=BIAS)
 
 
+def test_a_map_to_rows_that_are_not_here_is_refused():
+    """Kernels would skip such an expert, as one that another machine has."""
+    weights, *_ = inputs()
+    half = {name: weights[name][6:].contiguous() for name in ("w13", "w2")}
+    table = torch.tensor([-1] * 6 + [*range(6, 12)], dtype=torch.int32, device=DEVICE)  # the router's numbers
+    with pytest.raises(TraitError, match="expert_map names row 11 of w13, which has 6"):
+        moe_layer(TRAITS, **half, correction_bias=BIAS, expert_map=table)
+
+
+def test_it_is_shown_in_a_line_without_its_weights():
+    layer, *_ = made()
+    assert repr(layer).startswith(f"<MoELayer {TRAITS.name}, {TOPK}: {layer.kernels[TOPK].name}, ")
+    assert len(repr(layer)) < 300 and "tensor" not in repr(layer)
+
+
 def test_wrong_tensors_are_the_ops_own_errors():
     layer, hidden, logits = made()
     for wrong, about in ((dict(hidden_states=hidden.half(), router_logits=logits), "hidden_states"),

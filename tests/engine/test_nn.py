@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from kernel_registry import moe_layer, registry  # noqa: E402
-from kernel_registry.errors import TraitError  # noqa: E402
+from kernel_registry.errors import InputError, TraitError  # noqa: E402
 from kernel_registry.layer import LayerTraits, read_layer  # noqa: E402
 from kernel_registry.nn import MoE  # noqa: E402
 from kernel_registry.ops.moe.experts import cases  # noqa: E402
@@ -141,3 +141,27 @@ def test_contradictions_are_told():
         MoE(traits, expert_map=torch.zeros(3, dtype=torch.int32))
     with pytest.raises(TraitError, match="fused shared expert"):
         MoE(replace(traits, routing={**traits.routing, "topk": 9, "num_fused_shared_experts": 1}))
+    with pytest.raises(TraitError, match="expert_map names row 15 of w13, which would have 8"):
+        MoE(traits, expert_map=torch.tensor([-1] * 8 + [*range(8, 16)]))
+
+
+def test_inputs_that_do_not_fit_are_told_before_they_are_cut_into_rows():
+    module, hidden = filled(small("qwen3-235b-a22b"))
+    with pytest.raises(InputError, match=r"hidden_states is \[2, 256\], expected \[..., 128\]"):
+        module(hidden[:4].view(2, 256))  # as many elements as two rows of twice the width
+    with pytest.raises(InputError, match=r"shared_output is \[10, 64\], expected \[..., 128\]"):
+        module(hidden, shared_output=hidden.view(2 * TOKENS, 64))
+    with pytest.raises(InputError, match=r"hidden_states is torch.float32, expected torch.bfloat16\n.*cast it"):
+        module(hidden.float())
+    module.to(torch.float16)
+    assert module(hidden.half()).dtype is module.dtype is torch.float16 and "dtype=torch.float16" in str(module)
+
+
+def test_a_map_of_experts_outlives_empty_weights():
+    """As large models are loaded: made without memory, given some, and filled. Nothing would fill the map."""
+    table = torch.tensor([-1] * 8 + [*range(8)], dtype=torch.int32)
+    module = MoE(small("qwen3-235b-a22b"), expert_map=table, device="meta")
+    assert module.expert_map.is_meta
+    outer = torch.nn.Sequential(module).to_empty(device=DEVICE)
+    assert module.expert_map.device == module.gate.device and torch.equal(module.expert_map.cpu(), table)
+    assert "expert_map" not in "".join(outer.state_dict())

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import sys
+import time
 
 import pytest
 import yaml
 
-from kernel_registry import Registry
+from kernel_registry import Registry, bench
 from kernel_registry.errors import DocumentError, RegistryError, TargetError, TraitError, UnknownNameError
 from kernel_registry.tile_files import installed
 from kernel_registry.tuning import NOT_SERVED, NOTHING, PRESENT, WRITTEN, Attempt, TuneRow, tune
-from tests.fake_op import FakeOp
+from tests.fake_op import Clock, FakeOp
 
 KERNEL = '''
+import sys
+
 
 def tiled(*, tiles, **_):
     def kernel(rows, factor=2.0):
         tile = tiles(len(rows))
         if tile["how"]["fail"]:
             raise RuntimeError("out of shared memory")
-        time.sleep(tile["wait"] / 1e6)
+        sys.modules.get("fake_clock", time).sleep(tile["wait"] / 1e6)  # other processes have their own
         odd = tile["how"]["odd_is_wrong"] and len(rows) % 2
         return [[x * factor + tile["how"]["off"] * 1e-3 + odd for x in row] for row in rows]
     return kernel
@@ -48,6 +51,7 @@ OTHER = "torch: target: PACKAGE.kernels:reference, fallback: true, when: {platfo
 
 @pytest.fixture
 def op(tmp_path, monkeypatch):
+    Clock(monkeypatch)
     fake = FakeOp(tmp_path, monkeypatch)
     fake.write("tiles", TILES)
     fake.extend("kernels", KERNEL)
@@ -392,6 +396,7 @@ def test_a_triton_kernel_is_tuned_where_it_runs(op, monkeypatch):
     from kernel_registry.traits.platform import detect
 
     here = detect()
+    monkeypatch.setattr(bench, "time", time)
     op.write("kernels", TRITON)
     op.write("tiles", CHOICES)
     op.write("cases", "import torch\n\nFLAVOURS = ('random', 'zeros')\nWORKLOADS = {}\n\n\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,6 +65,15 @@ def test_what_was_loaded_runs(tmp_path):
     x = torch.randn(2, 5, HIDDEN).bfloat16()
     got = made.layers["0"].indexer.wk_weights_proj(x)
     assert oracle.check(layer(HIDDEN, HEAD_DIM, 56), (x, expected[0]), {}, got).passed
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_one_file_needs_no_list(kind, tmp_path):
+    (path,), expected = shards(tmp_path, [0], 1)
+    made = model((0,))
+    assert Loader(made).load_files(kind(path)) and same(weight(made, 0), expected[0])
+    with pytest.raises(CheckpointError, match="^nothing.safetensors: no safetensors file"):
+        Loader(model((0,))).load_files(kind("nothing.safetensors"))
 
 
 def test_a_bad_shard_is_named(tmp_path):

@@ -422,7 +422,7 @@ def test_a_list_is_looked_at_before_it_is_taken():
     bad = {"layers.1.indexer.wk.weight": plain(HEAD_DIM - 1)}
     made = model()
     before = state(weight(made))
-    for weights in ({**good, **bad}.items(), [*good.items(), *bad.items()],
+    for weights in ({**good, **bad}, {**good, **bad}.items(), [*good.items(), *bad.items()],
                     [*good.items(), ("layers.1.indexer.wk.weight", 1)]):
         loader = Loader(made)
         with pytest.raises(CheckpointError, match="layers.1.indexer.wk"):

@@ -548,6 +548,8 @@ def test_what_no_router_serves_is_told_for_the_bias_as_it_is(narrow):
         moe_router(bias, registry=narrow, implementation="narrow", **ROUTER, scoring="softmax")
     with pytest.raises(TraitError, match="bias_dtype follows from the bias"):
         moe_router(bias, registry=narrow, **TO_BF16)
+    with pytest.raises(TraitError, match="got no bias\n.*has_bias=False"):
+        moe_router(None, registry=narrow, **ROUTER)
 
 
 def test_it_verifies(registry):

@@ -21,8 +21,9 @@ yields; a tensor refused then changes nothing either, but the layers before it a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from os import PathLike
 
 import torch
 from torch import nn
@@ -65,9 +66,11 @@ class Loader:
                 return stage, component, ".".join(parts[at + 1:])
         return None
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], *, file: object = "") -> set[str]:
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]] | Mapping[str, torch.Tensor], *,
+                     file: object = "") -> set[str]:
         """Takes the tensors that belong to projections and returns their names. `file` is for messages. Raises
         CheckpointError for one that can't be taken."""
+        weights = weights.items() if isinstance(weights, Mapping) else weights
         if isinstance(weights, Collection):  # which can be gone through twice
             self._admit(_described(name, tensor, file) for name, tensor in weights if self.find(name))
         taken = set()
@@ -81,8 +84,8 @@ class Loader:
         return taken
 
     def load_files(self, paths: Iterable) -> set[str]:
-        """`load_weights` of safetensors files. Of each file no other tensors are read."""
-        paths, taken = [*paths], set()
+        """`load_weights` of safetensors files, or of one. Of each file no other tensors are read."""
+        paths, taken = [paths] if isinstance(paths, (str, PathLike)) else [*paths], set()
         self._admit(source for path in paths for source in self._headers(path))
         for path in paths:
             taken |= self.load_weights(self._tensors(path), file=path)
