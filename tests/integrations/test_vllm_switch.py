@@ -1,0 +1,85 @@
+"""Switching the registry on and off in vLLM: which seams are taken, given back, and left to another plugin."""
+
+from __future__ import annotations
+
+import importlib
+import tomllib
+from pathlib import Path
+
+import pytest
+import vllm_parts
+from vllm_parts import make
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def adapter():
+    with vllm_parts.adapter_off() as package:
+        yield package
+
+
+def seams():
+    from vllm import envs
+    from vllm.model_executor.custom_op import op_registry_oot
+    from vllm.model_executor.layers.fused_moe import layer
+
+    return layer.create_fused_moe_router, dict(op_registry_oot), set(envs.environment_variables)
+
+
+@pytest.mark.parametrize("setting, changes", [("", ()), ("0", ()), ("routing", (0, 2)), ("experts", (1, 2)),
+                                              ("1", (0, 1, 2))])
+def test_the_setting_says_which_seams_are_taken_and_off_gives_them_back(adapter, monkeypatch, setting, changes):
+    before = seams()
+    monkeypatch.setenv(adapter.SETTING, setting)
+    adapter.plugin()
+    once = seams()
+    assert tuple(i for i in range(3) if once[i] != before[i]) == changes
+    adapter.plugin()  # vLLM may call it again in a process
+    assert seams() == once
+    adapter.disable()
+    assert seams() == before
+
+
+def test_a_setting_that_means_nothing_is_an_error(adapter, monkeypatch):
+    monkeypatch.setenv(adapter.SETTING, "yes")
+    with pytest.raises(ValueError, match="KERNEL_REGISTRY_VLLM='yes', expected one of 1, routing, experts, 0"):
+        adapter.plugin()
+    with pytest.raises(ValueError, match="'router' is no part of it"):
+        adapter.enable("router")
+
+
+def test_the_package_declares_the_plugin():
+    points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["vllm.general_plugins"]
+    module, _, name = points["kernel_registry"].partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
+
+
+def test_a_model_compiled_without_the_plugin_is_not_found_with_it(adapter):
+    from vllm import envs
+
+    off = envs.compile_factors()
+    adapter.enable()
+    make()
+    served = envs.compile_factors()
+    make(custom_routing_function=max)
+    assert off != served != envs.compile_factors() != off
+    adapter.disable()
+    assert envs.compile_factors() == off
+
+
+def test_another_plugins_experts_are_left_in_their_place(adapter):
+    from vllm.model_executor.custom_op import op_registry_oot
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+    class Other(UnquantizedFusedMoEMethod):
+        pass
+    UnquantizedFusedMoEMethod.register_oot(Other)
+    try:
+        adapter.enable("experts")
+        assert op_registry_oot["UnquantizedFusedMoEMethod"] is Other
+        assert "Other of another plugin has its place" in str(adapter.report())
+        adapter.disable()
+        assert op_registry_oot["UnquantizedFusedMoEMethod"] is Other
+    finally:
+        del op_registry_oot["UnquantizedFusedMoEMethod"]
