@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,8 @@ def test_the_traits_of_experts_are_those_of_the_layers_config(adapter):
 @pytest.mark.parametrize("more, reason", [
     (dict(activation="swigluoai"), "swigluoai"), (dict(activation="gelu_tanh"), "gelu_tanh"),
     (dict(is_lora_enabled=True), "LoRA"), (dict(experts_per_token=1), "one expert for a token"),
-    (dict(swiglu_limit=7.0), "swiglu_limit is given"),
+    (dict(swiglu_limit=7.0), "swiglu_limit is given"), (dict(moe_backend="triton"), "moe_backend is triton"),
+    (dict(all2all_backend="passthrough"), "parallel config"),
 ])
 def test_experts_that_are_declined(adapter, more, reason):
     from kernel_registry.integrations.vllm.choosing import Declined
@@ -51,8 +53,40 @@ def test_experts_that_are_declined(adapter, more, reason):
     from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 
     more = {key: MoEActivation(value) if key == "activation" else value for key, value in more.items()}
+    if "all2all_backend" in more:
+        more = dict(moe_parallel_config=replace(config().moe_parallel_config, **more))
     with pytest.raises(Declined, match=f"(?i){reason}"):
         read(config(**more))
+
+
+def test_in_vllms_kernel_experts_of_other_ranks_and_skipped_rows_contribute_nothing():
+    import torch
+    from kernel_registry.integrations.vllm.experts import Experts
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
+    from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
+    from vllm.model_executor.layers.fused_moe.oracle.unquantized import make_unquantized_moe_kernel
+
+    generator = torch.Generator().manual_seed(5)
+    here = torch.arange(1, EXPERTS, 2)  # every second expert
+    hidden, w13, w2 = (torch.randn(*shape, generator=generator) for shape in ((6, 64), (8, 64, 64), (8, 64, 32)))
+    weights, ids = torch.rand(6, TOPK, generator=generator), torch.rand(6, EXPERTS, generator=generator).topk(TOPK)[1]
+    ids[4] = -1
+    parallel = replace(config().moe_parallel_config, use_ep=True, ep_size=2)
+    kernel = make_unquantized_moe_kernel(
+        FusedMoEQuantConfig.make(), config(num_local_experts=8, moe_parallel_config=parallel),
+        UnquantizedMoeBackend.TRITON, Experts)
+    out = kernel.apply(
+        hidden, w13, w2, topk_weights=weights, topk_ids=ids.int(), activation=MoEActivation.SILU,
+        global_num_experts=EXPERTS, apply_router_weight_on_input=False,
+        expert_map=torch.full((EXPERTS,), -1, dtype=torch.int32).index_copy_(0, here, torch.arange(8).int()))
+    expected = torch.zeros(6, 64)
+    for row, slot in torch.isin(ids, here).nonzero():
+        expert = ids[row, slot] // 2
+        gate, up = (w13[expert] @ hidden[row]).chunk(2)
+        expected[row] += weights[row, slot] * (w2[expert] @ (torch.nn.functional.silu(gate) * up))
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-3)
+    assert not out[4].any() and out[0].any()
 
 
 def test_activations_mean_the_same_on_both_sides():

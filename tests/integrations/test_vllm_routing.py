@@ -79,6 +79,16 @@ def test_an_argument_of_a_later_vllm_is_declined_where_it_is_used(adapter):
     assert "scale_of_the_moon is given" in adapter.report().declined[0].why
 
 
+def test_a_factory_without_a_parameter_that_is_read_is_declined(adapter):
+    from kernel_registry.integrations.vllm.routing import routed
+    from vllm.model_executor.layers.fused_moe.router.router_factory import create_fused_moe_router
+
+    def of_another_plugin(*args, **kwargs):
+        return create_fused_moe_router(*args, **kwargs)
+    assert type(routed(of_another_plugin, top_k=TOPK, global_num_experts=EXPERTS)).__name__ == "CPURouter"
+    assert "has no parameter" in adapter.report().declined[0].why
+
+
 def test_batch_invariance_is_declined(adapter, monkeypatch):
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     adapter.enable("routing")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 import tomllib
 from pathlib import Path
 
@@ -38,6 +39,41 @@ def test_the_setting_says_which_seams_are_taken_and_off_gives_them_back(adapter,
     adapter.plugin()  # vLLM may call it again in a process
     assert seams() == once
     adapter.disable()
+    assert seams() == before
+
+
+def test_a_part_can_be_switched_on_after_another(adapter):
+    before = seams()
+    adapter.enable("routing")
+    adapter.enable("experts")
+    assert all(now != then for now, then in zip(seams(), before))
+    adapter.disable()
+    assert seams() == before
+
+
+def test_what_fails_on_the_way_leaves_nothing_switched_but_what_was(adapter, monkeypatch):
+    from kernel_registry.integrations.vllm import experts
+
+    def fails():
+        raise AttributeError("no such seam")
+    monkeypatch.setattr(experts, "switch", fails)
+    before = seams()
+    with pytest.raises(AttributeError, match="no such seam"):
+        adapter.enable()
+    assert seams() == before
+    adapter.enable("routing")
+    routing = seams()
+    with pytest.raises(AttributeError):
+        adapter.enable()
+    assert seams() == routing != before
+
+
+def test_in_a_vllm_without_the_seams_the_error_says_so(adapter, monkeypatch):
+    before = seams()
+    monkeypatch.delattr(adapter, "experts", raising=False)
+    monkeypatch.setitem(sys.modules, f"{adapter.__name__}.experts", None)
+    with pytest.raises(ImportError, match="tried with 0.32 and 0.33; without KERNEL_REGISTRY_VLLM vLLM runs"):
+        adapter.enable()
     assert seams() == before
 
 

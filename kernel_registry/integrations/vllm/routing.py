@@ -68,6 +68,9 @@ def read(kind: type, arguments, parameters) -> tuple[dict[str, object], float]:
     router of this class. Raises Declined."""
     if kind not in _ROUTERS:
         raise Declined("it routes otherwise than by the scores of its logits")
+    absent = sorted(_READ - {*parameters})
+    if absent:
+        raise Declined(f"the factory, a later vLLM's or another plugin's, has no parameter {absent[0]}")
     for name, value in arguments.items():
         if name not in _READ | _THEIRS and value is not parameters[name].default and value != parameters[name].default:
             raise Declined(f"{name} is given")
