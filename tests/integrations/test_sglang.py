@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import sys
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -270,3 +272,21 @@ def test_hooks_are_registered_once(topk):
     before = {target: len(found) for target, found in hooks.HookRegistry._hooks.items()}
     adapter.enable()
     assert {target: len(found) for target, found in hooks.HookRegistry._hooks.items()} == before
+
+
+@pytest.mark.parametrize("absent", ["kernels", "masks", "torch_ops"])
+def test_a_switch_that_fails_leaves_nothing_switched(topk, monkeypatch, absent):
+    """SGLang logs the error of a plugin and goes on, with what the plugin had registered until then."""
+    monkeypatch.setattr(adapter, "_state", {"on": False, "hooked": False, "masks": None})
+    monkeypatch.setattr(hooks.HookRegistry, "_hooks", defaultdict(list))
+    if absent == "masks":
+        monkeypatch.delattr(topk, "_fused_gate_masks_padded_rows")
+    elif absent == "kernels":
+        monkeypatch.setitem(sys.modules, "sglang.kernels.spec", None)
+    else:
+        monkeypatch.delattr("kernel_registry.torch_ops")
+        monkeypatch.setitem(sys.modules, "kernel_registry.torch_ops", None)
+    for _ in range(2):  # nor does it pass for switched on when it is tried again
+        with pytest.raises((ImportError, AttributeError)):
+            adapter.enable()
+        assert not adapter._state["on"] and not hooks.HookRegistry._hooks
