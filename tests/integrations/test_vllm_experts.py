@@ -12,7 +12,7 @@ import pytest
 import vllm_parts
 from vllm_parts import EXPERTS, TOPK
 
-ROOT = Path(__file__).parents[2]
+HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -132,11 +132,21 @@ router = layer.create_fused_moe_router(
 assert router.supports_monolithic_kernels is False
 weights, ids = router.select_experts(torch.zeros(3, 8), torch.randn(3, 16))
 assert ids.shape == (3, 4) and torch.allclose(weights.sum(1), torch.full((3,), 2.5))
+import test_vllm_experts as tests
+from kernel_registry.integrations.vllm.experts import read
+from vllm.v1.worker.workspace import init_workspace_manager
+# A wheel for CUDA knows no platform here, and takes its kernels' buffers from where it does on a GPU.
+Experts._supports_current_device = staticmethod(lambda: True)
+torch.accelerator.empty_cache = lambda: None
+init_workspace_manager(torch.device("cpu"))
+assert read(tests.config())["expert_parallel"] is False
+tests.test_in_vllms_kernel_experts_of_other_ranks_and_skipped_rows_contribute_nothing()
 print(runtime.__version__, runtime.__file__, type(router).__name__, "UnquantizedFusedMoEMethod" in op_registry_oot)
 """
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=tmp_path,
-                          env={**env, "PYTHONPATH": os.pathsep.join((folder, str(ROOT))), "VLLM_NO_USAGE_STATS": "1"})
+                          env={**env, "PYTHONPATH": os.pathsep.join(map(str, (folder, ROOT, HERE))),
+                               "VLLM_NO_USAGE_STATS": "1"})
     assert done.returncode == 0, done.stderr[-4000:]
     version, where, router, experts = done.stdout.split()[-4:]
     assert where.startswith(folder) and experts == "True"

@@ -89,6 +89,17 @@ def test_a_factory_without_a_parameter_that_is_read_is_declined(adapter):
     assert "has no parameter" in adapter.report().declined[0].why
 
 
+def test_a_model_that_imports_the_factory_itself_is_served(adapter):
+    """As vLLM 0.33's Step 5 does, past the module of the layers."""
+    from vllm.model_executor.layers.fused_moe.router import router_factory
+
+    adapter.enable("routing")
+    served = router_factory.create_fused_moe_router(top_k=TOPK, global_num_experts=EXPERTS)
+    assert type(served).__name__ == "KernelRegistryCPURouter"
+    adapter.disable()
+    assert type(router_factory.create_fused_moe_router(top_k=TOPK, global_num_experts=EXPERTS)).__name__ == "CPURouter"
+
+
 def test_batch_invariance_is_declined(adapter, monkeypatch):
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     adapter.enable("routing")
