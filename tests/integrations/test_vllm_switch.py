@@ -77,6 +77,18 @@ def test_in_a_vllm_without_the_seams_the_error_says_so(adapter, monkeypatch):
     assert seams() == before
 
 
+def test_a_broken_override_file_is_not_laid_to_vllm(python, tmp_path):
+    (tmp_path / "overrides.yaml").write_text("version: 1\noverrides: nonsense\n")
+    out = python("""
+from kernel_registry.integrations import vllm
+try:
+    vllm.enable()
+except Exception as error:
+    print(type(error).__name__, error)
+""", KERNEL_REGISTRY_OVERRIDES=str(tmp_path / "overrides.yaml"))
+    assert out.startswith("DocumentError") and "overrides.yaml" in out and "0.32" not in out
+
+
 def test_a_setting_that_means_nothing_is_an_error(adapter, monkeypatch):
     monkeypatch.setenv(adapter.SETTING, "yes")
     with pytest.raises(ValueError, match="KERNEL_REGISTRY_VLLM='yes', expected one of 1, routing, experts, 0"):

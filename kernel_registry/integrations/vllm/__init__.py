@@ -47,9 +47,11 @@ def enable(*parts: str) -> None:
     wanted = [part for part in (*(parts or _PARTS["1"]), "caching") if part not in _undo]
     if not wanted:
         return
+    from ... import torch_ops  # noqa: F401  reads the registry's files, whose errors are no fault of vLLM's
+
     try:
         from . import caching, experts, routing
-    except Exception as error:  # another vLLM may lack what they import, or a name that they look up in it
+    except (ImportError, AttributeError) as error:  # another vLLM may lack a module, or a name in one
         raise ImportError(f"kernel_registry can't be switched on in this vLLM ({type(error).__name__}: {error}): it "
                           f"was tried with 0.32 and 0.33; without {SETTING} vLLM runs without it") from error
     switches = {"routing": routing.switch, "experts": experts.switch, "caching": caching.switch}
