@@ -169,12 +169,14 @@ def _first_sight(name, num_experts, dtype, device, bias, settings) -> Decision:
 
     told = ", ".join(f"{n}={v}" for n, v in {"num_experts": num_experts, **settings}.items() if v is not None)
     try:
+        if device not in ("cpu", "cuda"):
+            raise Declined(f"the registry has no kernels for {device}")
         call = calls.read(name, bias, settings, _state["masks"])
         logits = torch.empty((0, num_experts), dtype=dtype, device=device)
         row = bind(OP, logits, None if bias is None else logits.new_empty(num_experts, dtype=bias[0]),
                    **call.arguments())
-        if row.implementation is None:
-            raise Declined(row.why)
+        if row.implementation is None or device == "cuda" and not row.fast and not row.overridden:
+            raise Declined(row.why)  # on a GPU SGLang's own kernel is faster than a fallback
     except (Declined, TraitError) as declined:
         _log.warning("kernel_registry: %s(%s) stays with SGLang: %s", name, told, declined)
         return Decision(told, None, None, str(declined))

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from torch._subclasses import FakeTensorMode
 
 hooks = pytest.importorskip("sglang.srt.plugins.hook_registry", reason="not run: sglang is not installed here")
 
@@ -200,6 +201,24 @@ def test_what_no_kernel_serves_runs_sglangs_code(topk):
         theirs, _ = select(topk, MODELS["qwen3-moe"], on=False)
         ours, _ = select(topk, MODELS["qwen3-moe"], on=True)
     assert torch.equal(ours, theirs) and "1 stay" in adapter.report().line
+
+
+PLAIN = (("topk", 8), ("renormalize", True), ("scoring_func", "softmax"))
+
+
+def test_a_device_without_kernels_keeps_sglangs_own(topk):
+    assert adapter._decide("grouped_topk", 64, torch.float32, "xpu", None, PLAIN) is None
+    assert "no kernels for xpu" in adapter.report().declined[0].why
+
+
+def test_on_a_gpu_a_fallback_is_declined_unless_it_was_asked_for(topk):
+    with FakeTensorMode():  # tensors on a GPU that is not there
+        assert adapter._decide("fused_topk", 2048, torch.float32, "cuda", None, PLAIN) is None
+        assert "no fast kernel" in adapter.report().declined[0].why
+        adapter._decisions.clear()
+        with registry.override("moe.topk", "torch"):
+            assert adapter._decide("fused_topk", 2048, torch.float32, "cuda", None, PLAIN) is not None
+    assert adapter._decide("fused_topk", 2048, torch.float32, "cpu", None, PLAIN) is not None
 
 
 def test_an_override_that_cannot_be_followed_is_not_hidden(topk):
