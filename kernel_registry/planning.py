@@ -46,6 +46,11 @@ class PlanRow:
         heads = [", ".join(case.conditions) for case in self.explanation.cases]
         return "; ".join(f"{head}: {reason}" for head, reason in zip(heads, self.reasons))
 
+    @property
+    def overridden(self) -> bool:
+        """Whether an override decides any of it."""
+        return any(outcome == "decides" for case in self.explanation.cases for _, outcome in case.rules)
+
 
 def read_config(config: "str | Mapping | ModelConfig") -> "ModelConfig":
     """A path to a config.json or its folder, a shipped model's name, or the config as a mapping. Raises ConfigError."""

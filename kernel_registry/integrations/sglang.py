@@ -44,7 +44,7 @@ class Decision(NamedTuple):
 _routers: dict[str, calls.Router] = {}  # the hooked functions
 _decisions: dict[tuple, Decision] = {}  # by what tells calls apart; made when one is first seen
 _elsewhere: dict[str, str] = {}  # routing that never comes to a hooked function, and why
-_state = {"on": False, "hooked": False}
+_state = {"on": False, "hooked": False, "masks": None}  # masks: SGLang's own answer, see sglang_calls.read
 
 
 # ---- switching -------------------------------------------------------------------------------------------------------
@@ -89,29 +89,33 @@ def _runtime():
 
 
 def _register() -> None:
+    """Whole or not at all: all that this SGLang may lack is looked up before the first hook is registered."""
+    if _state["hooked"]:
+        _state["on"] = True
+        return
     from sglang.srt.layers.moe import topk as module
 
-    _state["on"] = True
-    if _state["hooked"]:
-        return
-    _state["hooked"] = True
     if module._use_aiter:
         _stays("every router", "SGLANG_USE_AITER is on: AITER's routers fold the scaling factor in where SGLang "
                                "expects it of nobody else")
+        _state.update(on=True, hooked=True)
         return
     from .. import torch_ops  # noqa: F401  registers torch.ops.kernel_registry
 
     hooks = _runtime()
+    routers = {name: calls.Router.of(name, function) for name in calls.HOOKED
+               if (function := getattr(module, name, None)) is not None}
+    masks = module._fused_gate_masks_padded_rows
+    _register_kernels()
     for name in calls.HOOKED:
-        function = getattr(module, name, None)
-        if function is None:
+        if name not in routers:
             _stays(name, "this SGLang has no such function")
-            continue
-        _routers[name] = calls.Router.of(name, function)
+    _routers.update(routers)
+    for name in routers:
         hooks.HookRegistry.register(f"{module.__name__}.{name}", functools.partial(_route, name),
                                     hooks.HookType.AROUND)
     hooks.HookRegistry.register(f"{module.__name__}.TopK.bind_runner_backend", _look_at_load, hooks.HookType.AFTER)
-    _register_kernels()
+    _state.update(on=True, hooked=True, masks=masks)
     _log.info("kernel_registry: hooked SGLang's %s; what each call gets is told when it is first seen",
               ", ".join(_routers))
 
@@ -160,19 +164,19 @@ def _decide(name: str, num_experts: int, dtype: torch.dtype, device: str, bias: 
 
 
 def _first_sight(name, num_experts, dtype, device, bias, settings) -> Decision:
-    from sglang.srt.layers.moe.topk import _fused_gate_masks_padded_rows
-
     from ..errors import TraitError
     from ..torch_ops import bind
 
     told = ", ".join(f"{n}={v}" for n, v in {"num_experts": num_experts, **settings}.items() if v is not None)
     try:
-        call = calls.read(name, bias, settings, _fused_gate_masks_padded_rows)
+        if device not in ("cpu", "cuda"):
+            raise Declined(f"the registry has no kernels for {device}")
+        call = calls.read(name, bias, settings, _state["masks"])
         logits = torch.empty((0, num_experts), dtype=dtype, device=device)
         row = bind(OP, logits, None if bias is None else logits.new_empty(num_experts, dtype=bias[0]),
                    **call.arguments())
-        if row.implementation is None:
-            raise Declined(row.why)
+        if row.implementation is None or device == "cuda" and not row.fast and not row.overridden:
+            raise Declined(row.why)  # on a GPU SGLang's own kernel is faster than a fallback
     except (Declined, TraitError) as declined:
         _log.warning("kernel_registry: %s(%s) stays with SGLang: %s", name, told, declined)
         return Decision(told, None, None, str(declined))

@@ -22,6 +22,7 @@ from typing import Callable, Mapping, NamedTuple
 
 import torch
 
+from ..errors import NoImplementationError
 from .report import Report, Row
 from .switch import switched_on
 
@@ -59,7 +60,10 @@ def sqrt_softplus_topk(router_logits, top_k, renormalize, correction_bias, hash_
     """TokenSpeed's operator `topk`. The traits keep hash routing away, its facade a bias for each token; the facade
     asks for no scores, and takes what comes third as unused then."""
     if need_scores:
-        raise NotImplementedError("kernel_registry's routers do not return all scores: pass solution='triton'")
+        raise NoImplementationError(
+            "need_scores=True asks for the scores of all experts, which no router of kernel_registry returns",
+            where="moe.topk", hint="need_scores=False was expected, as moe_topk passes it; a caller that needs the "
+                                   "scores selects TokenSpeed's kernel: solution='triton'")
     weights, ids = _route(router_logits, correction_bias, top_k, 1, 1, 0, "sqrtsoftplus", renormalize)
     return weights, ids, router_logits
 
@@ -101,7 +105,8 @@ def plugin() -> None:
 
 
 def enable() -> Report:
-    """Registers the routers with TokenSpeed in this process. A second time it replaces them by themselves."""
+    """Registers the routers with TokenSpeed in this process. A second time it replaces them by themselves. Whole or not
+    at all: everything is decided before the first is registered."""
     try:
         from tokenspeed_kernel.registry import Priority, register_kernel
         from tokenspeed_kernel.signature import format_signatures
@@ -110,23 +115,41 @@ def enable() -> Report:
                           "adapter to it, which was tried with tokenspeed-kernel 0.1.4") from error
     from .. import torch_ops  # noqa: F401  registers torch.ops.kernel_registry
 
-    platform, rows = _platform(), []
+    platform, rows, registrations = _platform(), [], []
     for mode, operator in OPERATORS.items():
         kernels = _fast(operator, platform)
         if not kernels:
             rows.append(Row("every call", f"moe.{mode}", OP, None, f"no fast kernel serves it on {platform}"))
             continue
         sizes = {theirs: _values(ours, kernels) for theirs, ours in operator.sizes.items()}
-        register_kernel(
-            "moe", mode, name=f"kernel_registry_{mode}", solution="kernel_registry",
+        registrations.append((operator.function, register_kernel(
+            "moe", mode, name=_name(mode), solution="kernel_registry",
             signatures=format_signatures("router_logits", "dense", _DTYPES), traits={**sizes, **operator.others},
-            priority=Priority.PLUGIN)(operator.function)
+            priority=Priority.PLUGIN)))
         told = ", ".join(f"{name} {min(values)}..{max(values)}" for name, values in sizes.items())
         rows.append(Row(told, f"moe.{mode}", OP, ", ".join(kernel.name for kernel in kernels),
                         f"the fast kernels on {platform}; other sizes stay with TokenSpeed"))
-    _report[:] = [Report(f"tokenspeed-kernel {_version()} on {platform}", rows)]
-    _log.log(logging.WARNING if _report[0].declined else logging.INFO, "kernel_registry: %s", _report[0].line)
+    made = Report(f"tokenspeed-kernel {_version()} on {platform}", rows)
+    disable()
+    _report.append(made)
+    try:
+        for function, register in registrations:
+            register(function)
+    except BaseException:
+        disable()
+        raise
+    _log.log(logging.WARNING if made.declined else logging.INFO, "kernel_registry: %s", made.line)
     return report()
+
+
+def disable() -> None:
+    """Takes the routers out of TokenSpeed's registry; what they served, TokenSpeed selects as before."""
+    if _report:
+        from tokenspeed_kernel.registry import KernelRegistry
+
+        for mode in OPERATORS:  # by the method that TokenSpeed's own `register` replaces a kernel with
+            KernelRegistry.get()._unregister(_name(mode))
+        _report.clear()
 
 
 def report() -> Report:
@@ -139,6 +162,10 @@ def report() -> Report:
     calls = [Row(str(kernel.request), "call", OP, kernel.name, "as it is bound now; `explain` tells why")
              for kernel in registry.kernels if kernel.op == OP]
     return Report(_report[0].title, [*_report[0].rows, *calls])
+
+
+def _name(mode: str) -> str:
+    return f"kernel_registry_{mode}"
 
 
 def _fast(operator: Operator, platform) -> list:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import sys
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from torch._subclasses import FakeTensorMode
 
 hooks = pytest.importorskip("sglang.srt.plugins.hook_registry", reason="not run: sglang is not installed here")
 
@@ -200,6 +203,24 @@ def test_what_no_kernel_serves_runs_sglangs_code(topk):
     assert torch.equal(ours, theirs) and "1 stay" in adapter.report().line
 
 
+PLAIN = (("topk", 8), ("renormalize", True), ("scoring_func", "softmax"))
+
+
+def test_a_device_without_kernels_keeps_sglangs_own(topk):
+    assert adapter._decide("grouped_topk", 64, torch.float32, "xpu", None, PLAIN) is None
+    assert "no kernels for xpu" in adapter.report().declined[0].why
+
+
+def test_on_a_gpu_a_fallback_is_declined_unless_it_was_asked_for(topk):
+    with FakeTensorMode():  # tensors on a GPU that is not there
+        assert adapter._decide("fused_topk", 2048, torch.float32, "cuda", None, PLAIN) is None
+        assert "no fast kernel" in adapter.report().declined[0].why
+        adapter._decisions.clear()
+        with registry.override("moe.topk", "torch"):
+            assert adapter._decide("fused_topk", 2048, torch.float32, "cuda", None, PLAIN) is not None
+    assert adapter._decide("fused_topk", 2048, torch.float32, "cpu", None, PLAIN) is not None
+
+
 def test_an_override_that_cannot_be_followed_is_not_hidden(topk):
     with registry.override("moe.topk", "triton_biased_grouped"), pytest.raises(OverrideError):
         select(topk, MODELS["qwen3-moe"], on=True)
@@ -270,3 +291,21 @@ def test_hooks_are_registered_once(topk):
     before = {target: len(found) for target, found in hooks.HookRegistry._hooks.items()}
     adapter.enable()
     assert {target: len(found) for target, found in hooks.HookRegistry._hooks.items()} == before
+
+
+@pytest.mark.parametrize("absent", ["kernels", "masks", "torch_ops"])
+def test_a_switch_that_fails_leaves_nothing_switched(topk, monkeypatch, absent):
+    """SGLang logs the error of a plugin and goes on, with what the plugin had registered until then."""
+    monkeypatch.setattr(adapter, "_state", {"on": False, "hooked": False, "masks": None})
+    monkeypatch.setattr(hooks.HookRegistry, "_hooks", defaultdict(list))
+    if absent == "masks":
+        monkeypatch.delattr(topk, "_fused_gate_masks_padded_rows")
+    elif absent == "kernels":
+        monkeypatch.setitem(sys.modules, "sglang.kernels.spec", None)
+    else:
+        monkeypatch.delattr("kernel_registry.torch_ops")
+        monkeypatch.setitem(sys.modules, "kernel_registry.torch_ops", None)
+    for _ in range(2):  # nor does it pass for switched on when it is tried again
+        with pytest.raises((ImportError, AttributeError)):
+            adapter.enable()
+        assert not adapter._state["on"] and not hooks.HookRegistry._hooks

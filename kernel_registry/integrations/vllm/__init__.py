@@ -26,7 +26,7 @@ from ..report import Report
 
 SETTING = "KERNEL_REGISTRY_VLLM"
 _PARTS = {"1": ("routing", "experts"), "routing": ("routing",), "experts": ("experts",), "0": (), "": ()}
-_undo: list = []
+_undo: dict = {}  # by part, in the order in which they were switched on
 
 
 def plugin() -> None:
@@ -39,29 +39,39 @@ def plugin() -> None:
 
 
 def enable(*parts: str) -> None:
-    """Switches on what models built from now on use: "routing", "experts", or without arguments both. A second time
-    nothing, until `disable`."""
+    """Switches on what models built from now on use: "routing", "experts", or without arguments both. What is on stays
+    on. Whole or not at all: on an error nothing of this call is left."""
     unknown = [part for part in parts if part not in _PARTS["1"]]
     if unknown:
         raise ValueError(f"{unknown[0]!r} is no part of it, expected {' or '.join(_PARTS['1'])}")
-    if _undo:
+    wanted = [part for part in (*(parts or _PARTS["1"]), "caching") if part not in _undo]
+    if not wanted:
         return
-    from . import caching, experts, routing
+    from ... import torch_ops  # noqa: F401  reads the registry's files, whose errors are no fault of vLLM's
 
-    switches = {"routing": routing.switch, "experts": experts.switch}
-    parts = parts or _PARTS["1"]
     try:
-        for switch in (*(switches[part] for part in parts), caching.switch):
-            _undo.append(switch())
+        from . import caching, experts, routing
+    except (ImportError, AttributeError) as error:  # another vLLM may lack a module, or a name in one
+        raise ImportError(f"kernel_registry can't be switched on in this vLLM ({type(error).__name__}: {error}): it "
+                          f"was tried with 0.32 and 0.33; without {SETTING} vLLM runs without it") from error
+    switches = {"routing": routing.switch, "experts": experts.switch, "caching": caching.switch}
+    try:
+        for part in wanted:
+            _undo[part] = switches[part]()
     except BaseException:
-        disable()
+        _disable(wanted)
         raise
 
 
 def disable() -> None:
     """Models built from now on are vLLM's again; those that are built stay as they are."""
-    while _undo:
-        _undo.pop()()
+    _disable([*_undo])
+
+
+def _disable(parts: list[str]) -> None:
+    for part in reversed(parts):
+        if part in _undo:
+            _undo.pop(part)()
 
 
 def report() -> Report:

@@ -46,7 +46,7 @@ def choose(op: str, traits: Mapping[str, object]) -> None:
     registry has none, and what an override that can't be followed raises."""
     try:
         row = _plan(op, traits)
-        if not row.fast and row.implementation and row.platform != "cpu" and not _overridden(row):
+        if not row.fast and row.implementation and row.platform != "cpu" and not row.overridden:
             raise Declined(row.why)  # on a GPU vLLM's own kernel is faster than a fallback
         registry.bind(op, **traits, **here())
     except (NoImplementationError, TraitError) as error:
@@ -74,7 +74,3 @@ def here() -> dict[str, str]:
 def _plan(op: str, traits: Mapping[str, object]) -> PlanRow:
     platform = parse_platform(registry, here().get("platform", HOST))
     return plan_call(registry, registry.catalog.op(op), Workload(op, traits, {}, 1), platform)
-
-
-def _overridden(row: PlanRow) -> bool:
-    return any(outcome == "decides" for case in row.explanation.cases for _, outcome in case.rules)

@@ -62,7 +62,8 @@ class Experts(modular_kernel.FusedMoEExpertsModular):
 
     @staticmethod
     def _supports_parallel_config(moe_parallel_config) -> bool:
-        return not moe_parallel_config.use_all2all_kernels
+        # passthrough: experts that exchange and reduce between ranks themselves, so that nothing does it after them
+        return not (moe_parallel_config.use_all2all_kernels or moe_parallel_config.use_passthrough_all2all)
 
     def finalize_weight_and_reduce_impl(self):
         return TopKWeightAndReduceNoOP()
@@ -99,6 +100,8 @@ def read(moe) -> dict[str, object]:
     served, why = Experts.is_supported_config(Experts, moe, None, None, Experts.activation_format())
     if not served:
         raise Declined(why)
+    if moe.moe_backend != "auto":
+        raise Declined(f"vLLM's moe_backend is {moe.moe_backend}: experts of one's own choice stay")
     if moe.experts_per_token == 1:
         raise Declined("with one expert for a token vLLM may have applied its weight to the input")
     for name in ("swiglu_limit", "swiglu_alpha", "swiglu_beta"):

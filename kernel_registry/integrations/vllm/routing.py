@@ -19,7 +19,7 @@ import torch
 from vllm import envs
 from vllm.model_executor.layers.fused_moe import layer
 from vllm.model_executor.layers.fused_moe.router import cpu_router, fused_topk_bias_router, fused_topk_router
-from vllm.model_executor.layers.fused_moe.router import grouped_topk_router
+from vllm.model_executor.layers.fused_moe.router import grouped_topk_router, router_factory
 
 from ...registry import registry
 from ...traits.dtype import dtype_name
@@ -35,10 +35,15 @@ _ROUTERS = (cpu_router.CPURouter, grouped_topk_router.GroupedTopKRouter, *_UNGRO
 
 
 def switch():
-    """Puts `routed` between vLLM and its factory; returns the undo."""
-    factory = layer.create_fused_moe_router
-    layer.create_fused_moe_router = functools.wraps(factory)(functools.partial(routed, factory))
-    return functools.partial(setattr, layer, "create_fused_moe_router", factory)
+    """Puts `routed` between vLLM and its factory, where layers have it and where models import it; returns the undo."""
+    factories = [(module, module.create_fused_moe_router) for module in (router_factory, layer)]
+    for module, factory in factories:
+        module.create_fused_moe_router = functools.wraps(factory)(functools.partial(routed, factory))
+
+    def undo():
+        for module, factory in factories:
+            module.create_fused_moe_router = factory
+    return undo
 
 
 def routed(factory, *args, **kwargs):
@@ -68,6 +73,9 @@ def read(kind: type, arguments, parameters) -> tuple[dict[str, object], float]:
     router of this class. Raises Declined."""
     if kind not in _ROUTERS:
         raise Declined("it routes otherwise than by the scores of its logits")
+    absent = sorted(_READ - {*parameters})
+    if absent:
+        raise Declined(f"the factory, a later vLLM's or another plugin's, has no parameter {absent[0]}")
     for name, value in arguments.items():
         if name not in _READ | _THEIRS and value is not parameters[name].default and value != parameters[name].default:
             raise Declined(f"{name} is given")
