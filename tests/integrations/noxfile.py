@@ -53,8 +53,9 @@ def runtime(name, *tests, then=lambda session: None, **variables):
         except CommandFailed as error:
             session.skip(f"not run: {name} can't be installed on this machine: {error.reason}")
         session.chdir(ROOT)
-        session.run("python", "-m", "pytest", "-n", WORKERS, *(f"tests/integrations/{test}" for test in tests),
-                    *session.posargs, env={key: value.format(environment=where) for key, value in variables.items()})
+        session.run("python", "-m", "pytest", "-n", WORKERS, "--dist=loadgroup",
+                    *(f"tests/integrations/{test}" for test in tests), *session.posargs,
+                    env={key: value.format(environment=where) for key, value in variables.items()})
 
 
 def vllm(session):
@@ -74,7 +75,8 @@ def sglang(session):
     session.run("python", HERE / "sglang_package" / "torchvision_operators.py")
 
 
-runtime("vllm", "test_vllm.py", "--dist=loadfile", then=vllm, KERNEL_REGISTRY_NEXT_VLLM="{environment}/next")
+runtime("vllm", "test_vllm_engines.py", "test_vllm_switch.py", "test_vllm_routing.py", "test_vllm_experts.py",
+        then=vllm, KERNEL_REGISTRY_NEXT_VLLM="{environment}/next")
 runtime("sglang", "test_sglang.py", "test_sglang_calls.py", "test_sglang_engine.py", then=sglang)
 runtime("tokenspeed", "test_tokenspeed.py")
 runtime("transformers", "test_transformers.py")

@@ -20,6 +20,7 @@ from vllm_engine import MOE_LAYERS, NEW_TOKENS
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 MODELS = tuple(MOE_LAYERS)
 STOCK = tuple(name for name in MODELS if name != "minimax_m2")  # vLLM on a CPU refuses MiniMax-M2's routing
+pytestmark = pytest.mark.xdist_group("engines")  # one process's, whose runs serve several tests
 TOLERANCE = 1e-4  # of logprobs near -3 in float32; another expert or another weight moves them by 1e-2 and more
 
 
