@@ -281,7 +281,8 @@ def _switch_experts(report: Report, model) -> None:
     _register(report)
     report.undo.append(functools.partial(model.set_experts_implementation, before))
     for module, call in calls.items():
-        own = own_experts(_interface_of(module), module, module.config._experts_implementation)
+        said = module.config._experts_implementation
+        own = own_experts(_interface_of(module), module, DEFAULT if said == NAME else said)
         _take(report, module, **{CALL: call, OWN: own})
     model.set_experts_implementation(NAME)
     astray = [module for module, call in calls.items() if call and module.config._experts_implementation != NAME]

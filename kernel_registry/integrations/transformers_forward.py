@@ -118,13 +118,13 @@ def _decide(module, op: str, read) -> dict | None:
 
 def forget() -> list:
     """Takes the decisions back that were made when modules first ran. Returns the modules."""
-    modules = list(decided)
-    for module in modules:
+    taken = list(decided)
+    for module in taken:
         for name in (CALL, OWN):
             vars(module).pop(name, None)
     decided.clear()
     _told.clear()
-    return modules
+    return taken
 
 
 # ---- calls that stay with transformers -------------------------------------------------------------------------------
