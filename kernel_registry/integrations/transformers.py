@@ -94,9 +94,11 @@ def _report_of(model) -> Report | None:
 
 
 def _put(report: Report, module, name: str, value) -> None:
-    """Sets an attribute that the module has not, for as long as the report lasts."""
+    """Sets an attribute of the module for as long as the report lasts."""
+    own = vars(module)
+    report.undo.append(functools.partial(setattr, module, name, own[name]) if name in own else
+                       functools.partial(_drop, module, name))
     setattr(module, name, value)
-    report.undo.append(functools.partial(_drop, module, name))
 
 
 def _drop(module, name: str) -> None:
@@ -192,7 +194,8 @@ def _switch_routers(report: Report, model, through: str) -> None:
         try:
             if family is None:
                 raise Declined("transformers.yaml has no row for this class")
-            if "forward" in vars(module):
+            place = _place(module) if through == "forward" else "forward"
+            if getattr(module, place) != MethodType(type(module).forward, module):
                 raise Declined("its forward is set already, by another than the registry")
             call, row = router_call(module, family)
         except Declined as declined:
@@ -205,8 +208,13 @@ def _switch_routers(report: Report, model, through: str) -> None:
         _kernelize(report, model, served)
         return
     for module, family in served.items():
-        _put(report, module, "forward",
+        _put(report, module, _place(module),
              MethodType(router_forward(family, modules.own_forward(type(module))), module))
+
+
+def _place(module) -> str:
+    """The attribute with what a module runs: hooks of accelerate, which take a forward's place, keep it in another."""
+    return "_old_forward" if "_hf_hook" in vars(module) else "forward"
 
 
 def _kernelize(report: Report, model, served: dict) -> None:

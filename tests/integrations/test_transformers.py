@@ -271,6 +271,19 @@ def test_experts_that_say_something_else_are_not_served(name, flag, value, why):
         torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_a_router_whose_forward_somebody_has_set_keeps_it(ran):
+    model = tiny.model("qwen3_moe")
+    gate = model.model.layers[0].mlp.gate
+    theirs = gate.forward
+    gate.forward = lambda hidden_states: theirs(hidden_states)
+    before = state(model)
+    with adapter.enable(model) as report:
+        assert [(row.module, row.why) for row in report.declined] == [
+            ("model.layers.0.mlp.gate", "its forward is set already, by another than the registry")]
+        logits(model)
+    assert ran["moe.topk"] == tiny.LAYERS - 1 and state(model) == before
+
+
 class Fp8:
     """What fp8 experts of transformers say of their weights."""
 
@@ -404,6 +417,21 @@ def test_a_model_below_torch_compile_is_the_model():
     assert not report.declined and adapter.enable(compiled) is adapter.enable(model) is report
     adapter.disable(compiled)
     assert adapter._REPORT not in vars(model) and adapter._REPORT not in vars(compiled)
+
+
+def test_routers_below_accelerates_hooks_are_served(ran):
+    """As a model has them that is spread over devices: they move tensors, and then call the forward that they keep."""
+    hooks = pytest.importorskip("accelerate.hooks", reason="not run: accelerate is not installed in this environment")
+    model = tiny.model("qwen3_moe")
+    own = logits(model)
+    for layer in model.model.layers:
+        for module in (layer.mlp.gate, layer.mlp.experts):
+            hooks.add_hook_to_module(module, hooks.AlignDevicesHook("cpu", io_same_device=True))
+    before = state(model)
+    with adapter.enable(model) as report:
+        assert not report.declined
+        torch.testing.assert_close(logits(model), own, rtol=1e-4, atol=1e-4)
+    assert ran == {"moe.topk": tiny.LAYERS, "moe.experts": tiny.LAYERS} and state(model) == before
 
 
 @pytest.mark.parametrize("part_first", [False, True])
