@@ -111,6 +111,7 @@ def _take(report: Report, module, **attributes) -> None:
     _switched.add(module)
     report.undo.append(functools.partial(_leave, module))
     for name, value in attributes.items():
+        _drop(module, name)
         _put(report, module, name, value)
 
 
