@@ -28,6 +28,8 @@ _STATIC = {  # the traits that the torch ops take as arguments; they read all ot
     EXPERTS: ("weight_quant", "act_quant", "group_size", "activation", "apply_router_weight_on_input"),
 }
 
+_topk, _experts = torch_ops.calling(TOPK), torch_ops.calling(EXPERTS)
+
 
 def _canonical(op: str, traits: Mapping[str, object]) -> dict[str, object]:
     return dict(registry.catalog.op(op).space.request(traits, registry.platform).traits)
@@ -132,7 +134,7 @@ class MoE(torch.nn.Module):
         return torch.nn.functional.linear(hidden_states.to(self.gate.dtype), self.gate, self.gate_bias)
 
     def _route(self, logits, num_token_non_padded=None):
-        return torch.ops.kernel_registry.moe_topk(
+        return _topk(
             logits, self.correction_bias, routed_scaling_factor=self.routed_scaling_factor,
             num_token_non_padded=num_token_non_padded, **self.calls[TOPK])
 
@@ -141,7 +143,7 @@ class MoE(torch.nn.Module):
 
     def _routed(self, hidden_states, weights, ids):
         kept = self._kept()
-        return torch.ops.kernel_registry.moe_experts(
+        return _experts(
             hidden_states, kept.pop("w13"), kept.pop("w2"), weights, ids, expert_map=self.expert_map, **kept,
             **self.calls[EXPERTS])
 

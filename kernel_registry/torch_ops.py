@@ -63,6 +63,25 @@ def place(source: Registry, tensor: torch.Tensor) -> dict[str, str]:
     return {"platform": "cpu"} if tensor.device.type == "cpu" and source.platform().kind in ("cuda", "hip") else {}
 
 
+def calling(op: str, source: Registry = registry, library: torch.library.Library = _library):
+    """A function like the torch op of `op`, which goes through torch only where torch looks on: the dispatcher takes as
+    long as everything else that a call costs the host."""
+    through = getattr(getattr(torch.ops, library.ns), op_name(op)).default
+    past = _dispatching(source, op, source.catalog.op(op).contract)
+
+    def call(tensor, *arguments, **keywords):
+        return (through if _looked_at(tensor) else past)(tensor, *arguments, **keywords)
+    return call
+
+
+def _looked_at(tensor: torch.Tensor) -> bool:
+    """Whether the op of a call with this tensor is traced, timed or taken by somebody else: a compiler, torch.jit, a
+    mode (fake tensors, make_fx, counters of operations), a profiler, autograd, a subclass."""
+    return (torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+            or torch.autograd._profiler_enabled() or tensor.requires_grad and torch.is_grad_enabled()
+            or type(tensor) is not torch.Tensor)
+
+
 def _functional(call):
     """`call`, but that a result which is an input's storage is copied: torch lets no op return one undeclared."""
     def functional(*arguments, **keywords):

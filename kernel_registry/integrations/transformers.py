@@ -21,19 +21,21 @@ import importlib
 import inspect
 import logging
 from types import MethodType
+from weakref import WeakSet
 
 import torch
 
 from ..planning import PlanRow
 from . import transformers_modules as modules
 from .report import Report, Row
-from .transformers_forward import (CALL, OWN, experts_call, experts_forward, forget, log, own_experts, router_call,
-                                   router_forward)
+from .transformers_forward import (CALL, DEFAULT, OWN, decided, experts_call, experts_forward, forget, log,
+                                   own_experts, router_call, router_forward)
 from .transformers_modules import Declined
 
 NAME = "kernel_registry"  # of the experts implementation
 _REPORT = "_kernel_registry_report"  # attribute of a model that is switched on
 _classes: list[Report] = []  # the report of enable() without a model
+_switched: WeakSet = WeakSet()  # modules that an enabled model has
 
 
 # ---- switching -------------------------------------------------------------------------------------------------------
@@ -47,20 +49,24 @@ def enable(model: torch.nn.Module | None = None, *, model_types: "list[str] | No
     """
     if through not in ("forward", "kernels"):
         raise ValueError(f"through={through!r}, expected 'forward' or 'kernels'")
-    holder = vars(model).get(_REPORT) if model is not None else next(iter(_classes), None)
+    model = _uncompiled(model)
+    holder = _report_of(model)
     if holder is not None:
         return holder
+    if model is not None and (found := next((name for name, module in model.named_modules() if module in _switched),
+                                            None)):
+        raise ValueError(f"{found} is switched on already, with another model that it is a part of or that is a part "
+                         f"of this {type(model).__name__}: disable that one first")
     report = Report(f"transformers {_transformers().__version__}: "
                     + ("router classes" if model is None else type(model).__name__))
     try:
         if model is None:
             _classes.append(report)
-            report.undo += [forget, _classes.clear]
+            report.undo += [_forget, _classes.clear]
             _register(report)
             _switch_classes(report, model_types)
         else:
-            setattr(model, _REPORT, report)
-            report.undo.append(lambda: delattr(model, _REPORT))
+            _put(report, model, _REPORT, report)
             _switch_routers(report, model, through)
             _switch_experts(report, model)
     except BaseException:
@@ -73,9 +79,46 @@ def enable(model: torch.nn.Module | None = None, *, model_types: "list[str] | No
 
 def disable(model: torch.nn.Module | None = None) -> None:
     """Undoes `enable` of the same argument; nothing where there was none."""
-    report = vars(model).get(_REPORT) if model is not None else next(iter(_classes), None)
+    report = _report_of(_uncompiled(model))
     if report is not None:
         report.disable()
+
+
+def _uncompiled(model):
+    """The model below torch.compile, whose wrapper passes attributes on in part."""
+    return getattr(model, "_orig_mod", model)
+
+
+def _report_of(model) -> Report | None:
+    return vars(model).get(_REPORT) if model is not None else next(iter(_classes), None)
+
+
+def _put(report: Report, module, name: str, value) -> None:
+    """Sets an attribute of the module for as long as the report lasts."""
+    own = vars(module)
+    report.undo.append(functools.partial(setattr, module, name, own[name]) if name in own else
+                       functools.partial(_drop, module, name))
+    setattr(module, name, value)
+
+
+def _drop(module, name: str) -> None:
+    vars(module).pop(name, None)
+
+
+def _take(report: Report, module, **attributes) -> None:
+    """Gives the module its decision, which from now on is the report's alone."""
+    decided.discard(module)
+    _switched.add(module)
+    report.undo.append(functools.partial(_leave, module))
+    for name, value in attributes.items():
+        _drop(module, name)
+        _put(report, module, name, value)
+
+
+def _leave(module) -> None:
+    _switched.discard(module)
+    if _classes:
+        decided.add(module)  # for it will be, when it runs again
 
 
 def _transformers():
@@ -92,19 +135,36 @@ def _interfaces():
 
 
 def _register(report: Report) -> None:
-    """Puts NAME into both experts interfaces; the last to leave takes it out, for which they have no method."""
-    for interface in _interfaces():
+    """Puts NAME into both experts interfaces."""
+    report.undo += [_User(interface) for interface in _interfaces()]
+
+
+def _forget() -> None:
+    """Takes the decisions back that were made when modules first ran; those built for NAME run DEFAULT."""
+    for module in forget():
+        config = getattr(module, "config", None)
+        if getattr(config, "_experts_implementation", None) == NAME and NAME not in _interface_of(module):
+            config._experts_implementation = DEFAULT
+
+
+class _User:
+    """One that needs NAME in an interface, until it is called. The last to leave takes it out, for which interfaces
+    have no method. A copy, which a deep copy of a model has in its report, is a user of its own."""
+
+    def __init__(self, interface):
+        self.interface = interface
         if NAME not in interface:
             interface.register(NAME, experts_forward(interface))
-        users = interface._global_mapping[NAME].users
-        users.append(report)
-        report.undo.append(functools.partial(_unregister, interface, users, report))
+        self.users = interface._global_mapping[NAME].users
+        self.users.append(self)
 
+    def __call__(self) -> None:
+        self.users[:] = [user for user in self.users if user is not self]
+        if not self.users:
+            del self.interface._global_mapping[NAME]
 
-def _unregister(interface, users: list, report: Report) -> None:
-    users[:] = [user for user in users if user is not report]
-    if not users:
-        del interface._global_mapping[NAME]
+    def __deepcopy__(self, memo) -> "_User":
+        return _User(self.interface)
 
 
 # ---- routers ---------------------------------------------------------------------------------------------------------
@@ -135,7 +195,8 @@ def _switch_routers(report: Report, model, through: str) -> None:
         try:
             if family is None:
                 raise Declined("transformers.yaml has no row for this class")
-            if "forward" in vars(module):
+            place = _place(module) if through == "forward" else "forward"
+            if getattr(module, place) != MethodType(type(module).forward, module):
                 raise Declined("its forward is set already, by another than the registry")
             call, row = router_call(module, family)
         except Declined as declined:
@@ -143,14 +204,18 @@ def _switch_routers(report: Report, model, through: str) -> None:
             continue
         report.rows.append(_serves(name, module, row))
         served[module] = family
-        setattr(module, CALL, call)
-        report.undo.append(functools.partial(delattr, module, CALL))
+        _take(report, module, **{CALL: call})
     if through == "kernels":
         _kernelize(report, model, served)
         return
     for module, family in served.items():
-        module.forward = MethodType(router_forward(family, modules.own_forward(type(module))), module)
-        report.undo.append(functools.partial(delattr, module, "forward"))
+        _put(report, module, _place(module),
+             MethodType(router_forward(family, modules.own_forward(type(module))), module))
+
+
+def _place(module) -> str:
+    """The attribute with what a module runs: hooks of accelerate, which take a forward's place, keep it in another."""
+    return "_old_forward" if "_hf_hook" in vars(module) else "forward"
 
 
 def _kernelize(report: Report, model, served: dict) -> None:
@@ -218,13 +283,16 @@ def _switch_experts(report: Report, model) -> None:
     if not any(call is not None for call in calls.values()):
         return
     before = model.get_experts_implementation()
+    if NAME in before.values() and NAME in _interfaces()[0] and not _classes:
+        raise ValueError(f"the config of this {type(model).__name__} is also that of another model that is switched "
+                         "on: give each its own")
+    report.undo.append(functools.partial(_without_name, model))
     _register(report)
     report.undo.append(functools.partial(model.set_experts_implementation, before))
     for module, call in calls.items():
-        own = own_experts(_interface_of(module), module, module.config._experts_implementation)
-        for name, value in ((CALL, call), (OWN, own)):
-            setattr(module, name, value)
-            report.undo.append(functools.partial(delattr, module, name))
+        said = module.config._experts_implementation
+        own = own_experts(_interface_of(module), module, DEFAULT if said == NAME else said)
+        _take(report, module, **{CALL: call, OWN: own})
     model.set_experts_implementation(NAME)
     astray = [module for module, call in calls.items() if call and module.config._experts_implementation != NAME]
     if astray:
@@ -236,6 +304,13 @@ def _interface_of(module):
     """Which of the two interfaces dispatches this module: it is in the decorator's closure of its forward."""
     cells = inspect.getclosurevars(type(module).forward).nonlocals
     return cells.get("experts_interface", _interfaces()[0])
+
+
+def _without_name(model) -> None:
+    """A model built for NAME runs what transformers runs where nothing is said, once nobody else knows NAME."""
+    said = model.get_experts_implementation()
+    if NAME in said.values() and NAME not in _interfaces()[0]:
+        model.set_experts_implementation({key: DEFAULT if value == NAME else value for key, value in said.items()})
 
 
 def _contiguous(parameter) -> None:

@@ -1,4 +1,4 @@
-"""What runs in a module of transformers that is switched on: forwards that pass tensors to torch.ops.kernel_registry.
+"""What runs in a module of transformers that is switched on: forwards that pass tensors to the registry's torch ops.
 
 A module carries its decision: CALL, the keyword arguments of the torch op, or None where it stays with transformers.
 `enable(model)` sets it; a module of a model that it has not seen is decided when it first runs.
@@ -14,14 +14,16 @@ from weakref import WeakSet
 import torch
 
 from .. import torch_ops  # which also registers torch.ops.kernel_registry
+from ..errors import TraitError
 from ..planning import PlanRow
 from . import transformers_modules as modules
 from .transformers_modules import Declined, Family
 
 CALL, OWN = "_kernel_registry_call", "_kernel_registry_own"  # OWN: what transformers runs for experts
+_topk, _experts = torch_ops.calling("moe.topk"), torch_ops.calling("moe.experts")
 DEFAULT = "grouped_mm"  # transformers' own experts implementation, where none was in force before
 _UNDECIDED = object()
-_decided: WeakSet = WeakSet()  # modules that were decided when they first ran
+decided: WeakSet = WeakSet()  # modules that were decided when they first ran
 _told: set[str] = set()
 log = logging.getLogger(__name__.replace("transformers_forward", "transformers"))
 
@@ -32,10 +34,10 @@ def router_forward(family: Family, own):
         call = getattr(self, CALL, _UNDECIDED)
         if call is _UNDECIDED:
             call = _decide(self, "moe.topk", functools.partial(router_call, family=family))
-        if call is None or _records_gradients(self, hidden_states, self.weight):
+        if call is None or torch.is_grad_enabled() and _records_gradients(self, hidden_states, *self.parameters()):
             return own(self, hidden_states, *bias)
         logits = family.logits(self, hidden_states)
-        weights, ids = torch.ops.kernel_registry.moe_topk(logits, family.bias(self, bias), **call)
+        weights, ids = _topk(logits, family.bias(self, bias), **call)
         return logits, weights, ids.long()
 
     if family.takes_bias:
@@ -55,11 +57,14 @@ def experts_forward(interface):
         if call is _UNDECIDED:
             call = _decide(self, "moe.experts", experts_call)
             setattr(self, OWN, own_experts(interface, self))
-        if call is None or _records_gradients(self, hidden_states, self.down_proj) or _casts(self, hidden_states):
+        if call is None:
             return getattr(self, OWN)(self, hidden_states, top_k_index, top_k_weights)
         (w13, w2), more = modules.experts_tensors(self)
-        return torch.ops.kernel_registry.moe_experts(
-            hidden_states.contiguous(), w13, w2, top_k_weights.contiguous(), top_k_index.contiguous(), **more, **call)
+        if (torch.is_grad_enabled() and _records_gradients(self, hidden_states, top_k_weights, w13, w2, *more.values())
+                or _casts(self, hidden_states, w2) or self.is_transposed and _as_stored(self, w13, w2)):
+            return getattr(self, OWN)(self, hidden_states, top_k_index, top_k_weights)
+        return _experts(hidden_states.contiguous(), w13, w2, top_k_weights.contiguous(), top_k_index.contiguous(),
+                        **more, **call)
 
     forward.users = []
     return forward
@@ -87,7 +92,10 @@ def experts_call(module) -> tuple[dict, PlanRow]:
 
 
 def _choose(op: str, args: tuple, kwargs: dict) -> PlanRow:
-    row = torch_ops.bind(op, *args, **kwargs)
+    try:
+        row = torch_ops.bind(op, *args, **kwargs)
+    except TraitError as error:  # fewer experts than a token has, say, on a machine that has a part of them
+        raise Declined(str(error)) from error
     if row.implementation is None:
         raise Declined(row.why)
     return row
@@ -104,23 +112,25 @@ def _decide(module, op: str, read) -> dict | None:
         call = None
         tell(f"{type(module).__name__} stays with transformers: {declined}")
     setattr(module, CALL, call)
-    _decided.add(module)
+    decided.add(module)
     return call
 
 
-def forget() -> None:
-    """Takes the decisions back that were made when modules first ran."""
-    for module in list(_decided):
+def forget() -> list:
+    """Takes the decisions back that were made when modules first ran. Returns the modules."""
+    taken = list(decided)
+    for module in taken:
         for name in (CALL, OWN):
             vars(module).pop(name, None)
-    _decided.clear()
+    decided.clear()
     _told.clear()
+    return taken
 
 
 # ---- calls that stay with transformers -------------------------------------------------------------------------------
 
 def _records_gradients(module, *tensors) -> bool:
-    if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors):
+    if not any(tensor.requires_grad for tensor in tensors):
         return False
     if not torch.compiler.is_compiling():
         tell(f"{type(module).__name__}: calls that record gradients run transformers' own code; torch.no_grad() or "
@@ -128,12 +138,22 @@ def _records_gradients(module, *tensors) -> bool:
     return True
 
 
-def _casts(module, hidden_states) -> bool:
-    if module.down_proj.element_size() == 1 or hidden_states.dtype == module.down_proj.dtype:
+def _casts(module, hidden_states, weight) -> bool:
+    if hidden_states.dtype == weight.dtype or weight.element_size() == 1:
         return False
     if not torch.compiler.is_compiling():
         tell(f"{type(module).__name__}: calls with {hidden_states.dtype} hidden states run transformers' own code, for "
-             f"the weights are {module.down_proj.dtype}")
+             f"the weights are {weight.dtype}")
+    return True
+
+
+def _as_stored(module, *weights) -> bool:
+    """Whether weights that were loaded since have the memory order that transformers stores, not the kernels'."""
+    if all(weight.is_contiguous() for weight in weights):
+        return False
+    if not torch.compiler.is_compiling():
+        tell(f"{type(module).__name__}: calls run transformers' own code, for weights stored [E, in, out] were loaded "
+             "after enable(model) had given others the kernels' memory order")
     return True
 
 

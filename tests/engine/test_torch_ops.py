@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import traceback
 import warnings
 
 import pytest
@@ -284,6 +285,59 @@ def test_a_host_tensor_on_a_gpu_machine_is_dispatched_for_the_cpu(signed):
     source, op = signed(platform="sm_90")
     assert who(op(*ARGUMENTS)) == 3
     assert source.dispatch("moe.topk", num_experts=16, topk=4).name == "one"
+
+
+# ---- past torch's dispatcher -----------------------------------------------------------------------------------------
+
+@pytest.fixture
+def through(monkeypatch):
+    """Whether each dispatch of the shipped registry was made below torch's dispatcher."""
+    found, dispatch = [], registry.dispatch
+
+    def noting(op, **traits):
+        found.append(any(frame.filename == torch._ops.__file__ for frame in traceback.extract_stack()))
+        return dispatch(op, **traits)
+
+    monkeypatch.setattr(registry, "dispatch", noting)
+    return found
+
+
+def test_a_call_that_nobody_looks_at_goes_past_the_dispatcher(case, through):
+    args, arguments = case
+    wanted, found = OP(*args(3), **arguments), torch_ops.calling("moe.topk")(*args(3), **arguments)
+    assert through == [True, False] and all(same(a, b) for a, b in zip(found, wanted))
+
+
+class Seen(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes the ops that are called inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.ops.append(op)
+        return op(*args, **(kwargs or {}))
+
+
+def test_a_call_that_somebody_looks_at_is_the_op(through):
+    call = torch_ops.calling("moe.topk")
+    logits, bias = torch.randn(2, 64, device=device()), torch.zeros(64, device=device())
+    with Seen() as seen:
+        call(logits, bias, topk=4)
+    assert seen.ops[0] is OP.default
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call(logits, bias, topk=4)
+    assert "kernel_registry::moe_topk" in {event.key for event in profile.key_averages()}
+    call(torch.nn.Parameter(logits), bias, topk=4)
+    call(logits.clone().requires_grad_(), bias, topk=4)  # torch tells a backward that kernels have none
+    assert through == [True] * 4
+    with FakeTensorMode() as mode:
+        assert call(mode.from_tensor(logits), mode.from_tensor(bias), topk=4)[0].shape == (2, 4)
+    graphs = []
+    torch.compile(lambda *a: call(*a, topk=4), backend=lambda graph, _: graphs.append(graph) or graph.forward,
+                  fullgraph=True)(logits, bias)
+    assert [node.target for node in graphs[0].graph.nodes if node.op == "call_function"][0] is OP.default
 
 
 # ---- graph capture ---------------------------------------------------------------------------------------------------

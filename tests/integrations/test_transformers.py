@@ -6,6 +6,7 @@ Without a GPU, kernels that have a Triton form run in Triton's interpreter.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import os
@@ -270,6 +271,19 @@ def test_experts_that_say_something_else_are_not_served(name, flag, value, why):
         torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_a_router_whose_forward_somebody_has_set_keeps_it(ran):
+    model = tiny.model("qwen3_moe")
+    gate = model.model.layers[0].mlp.gate
+    theirs = gate.forward
+    gate.forward = lambda hidden_states: theirs(hidden_states)
+    before = state(model)
+    with adapter.enable(model) as report:
+        assert [(row.module, row.why) for row in report.declined] == [
+            ("model.layers.0.mlp.gate", "its forward is set already, by another than the registry")]
+        logits(model)
+    assert ran["moe.topk"] == tiny.LAYERS - 1 and state(model) == before
+
+
 class Fp8:
     """What fp8 experts of transformers say of their weights."""
 
@@ -305,6 +319,21 @@ def test_gradients_are_transformers_own(ran, caplog):
         torch.testing.assert_close(parameter.grad, wanted[name])
 
 
+def test_training_the_routers_alone_is_transformers_own(ran):
+    """What the experts of the first layer get records gradients by its weights alone."""
+    model, prompt = tiny.model("qwen3_moe"), tiny.tokens()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".gate." in name)
+    model(prompt, labels=prompt).loss.backward()
+    wanted = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model.zero_grad()
+    with adapter.enable(model):
+        model(prompt, labels=prompt).loss.backward()
+    assert not ran and len(wanted) == tiny.LAYERS
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient)
+
+
 def test_an_override_is_followed_and_told():
     model = tiny.model("qwen3_moe")
     with registry.override("moe.topk", "torch"), adapter.enable(model) as report:
@@ -328,6 +357,144 @@ def test_gpt_oss_weights_change_their_order_in_memory_only():
     with adapter.enable(model):
         assert torch.equal(weight, was) and weight.transpose(1, 2).is_contiguous()
     assert torch.equal(weight, was) and weight.is_contiguous()
+
+
+def test_weights_that_were_loaded_in_their_own_order_are_transformers_own(ran, caplog):
+    model = tiny.model("gpt_oss")
+    own, stored = logits(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with adapter.enable(model):
+        model.load_state_dict(stored, assign=True)
+        torch.testing.assert_close(logits(model), own, rtol=1e-4, atol=1e-4)
+    assert ran["moe.experts"] == 0 and "stored [E, in, out] were loaded after" in caplog.text
+
+
+def test_a_deep_copy_is_switched_on_and_is_switched_off_by_itself(ran):
+    model = tiny.model("gpt_oss")
+    before, own = state(model), logits(model)
+    adapter.enable(model)
+    other = copy.deepcopy(model)
+    for switched_off_first, still_on in ((other, model), (model, None)):
+        adapter.disable(switched_off_first)
+        ran.clear()
+        torch.testing.assert_close(logits(switched_off_first), own, rtol=1e-4, atol=1e-4)
+        assert not ran
+        if still_on is not None:
+            torch.testing.assert_close(logits(still_on), own, rtol=1e-4, atol=1e-4)
+            assert ran == {"moe.topk": tiny.LAYERS, "moe.experts": tiny.LAYERS}
+    assert state(model) == before and other.model.layers[0].mlp.experts.down_proj.is_contiguous()
+    assert not any(name.startswith("_kernel_registry") or name == "forward" for module in other.modules()
+                   for name in vars(module))
+
+
+@pytest.mark.parametrize("model_first", [False, True])
+@pytest.mark.parametrize("runs", [False, True])
+def test_a_model_built_later_and_then_enabled_itself(model_first, runs, ran):
+    """Whichever is switched off first, the other goes on, and then the model runs what transformers runs."""
+    reports = [adapter.enable()]
+    model = tiny.model("glm4_moe", experts="kernel_registry")
+    if runs:
+        logits(model)
+    reports.append(adapter.enable(model))
+    own = logits(model)
+    torch.testing.assert_close(model(tiny.tokens()).logits, own, rtol=1e-4, atol=1e-4)  # records gradients
+    first, second = reversed(reports) if model_first else reports
+    first.disable()
+    ran.clear()
+    torch.testing.assert_close(logits(model), own, rtol=1e-4, atol=1e-4)
+    assert ran == {"moe.topk": tiny.LAYERS, "moe.experts": tiny.LAYERS}
+    second.disable()
+    ran.clear()
+    torch.testing.assert_close(logits(model), own, rtol=1e-4, atol=1e-4)
+    assert not ran and "kernel_registry" not in adapter._interfaces()[0]
+    assert not any(name.startswith("_kernel_registry") or name == "forward" for module in model.modules()
+                   for name in vars(module))
+
+
+def test_a_model_below_torch_compile_is_the_model():
+    model = tiny.model("qwen3_moe")
+    compiled = torch.compile(model, backend="eager")
+    report = adapter.enable(compiled)
+    assert not report.declined and adapter.enable(compiled) is adapter.enable(model) is report
+    adapter.disable(compiled)
+    assert adapter._REPORT not in vars(model) and adapter._REPORT not in vars(compiled)
+
+
+def test_routers_below_accelerates_hooks_are_served(ran):
+    """As a model has them that is spread over devices: they move tensors, and then call the forward that they keep."""
+    hooks = pytest.importorskip("accelerate.hooks", reason="not run: accelerate is not installed in this environment")
+    model = tiny.model("qwen3_moe")
+    own = logits(model)
+    for layer in model.model.layers:
+        for module in (layer.mlp.gate, layer.mlp.experts):
+            hooks.add_hook_to_module(module, hooks.AlignDevicesHook("cpu", io_same_device=True))
+    before = state(model)
+    with adapter.enable(model) as report:
+        assert not report.declined
+        torch.testing.assert_close(logits(model), own, rtol=1e-4, atol=1e-4)
+    assert ran == {"moe.topk": tiny.LAYERS, "moe.experts": tiny.LAYERS} and state(model) == before
+
+
+@pytest.mark.parametrize("part_first", [False, True])
+def test_a_part_of_a_model_that_is_switched_on_is_refused(part_first):
+    model = tiny.model("qwen3_moe")
+    before = state(model.model), state(model)
+    first, second = (model.model, model) if part_first else (model, model.model)
+    adapter.enable(first)
+    within = state(model)
+    with pytest.raises(ValueError, match="mlp.experts is switched on already"):
+        adapter.enable(second)
+    assert state(model) == within
+    adapter.disable(first)
+    assert (state(model.model), state(model)) == before
+
+
+def test_two_models_with_one_config_are_refused():
+    model = tiny.model("qwen3_moe")
+    other = type(model)(model.config)
+    before = state(other)
+    with adapter.enable(model):
+        with pytest.raises(ValueError, match="is also that of another model"):
+            adapter.enable(other)
+    assert state(other) == before
+
+
+def test_fewer_experts_here_than_a_token_has_stay_with_transformers(ran):
+    """A part of the experts, as expert parallelism has them; with more, an id past them contributes nothing."""
+    model = tiny.model("qwen3_moe", experts="grouped_mm")
+    for layer, local in zip(model.model.layers, (2, 8)):
+        experts = layer.mlp.experts
+        experts.num_experts, experts._is_expert_parallel = local, True
+        for name in ("gate_up_proj", "down_proj"):
+            setattr(experts, name, torch.nn.Parameter(getattr(experts, name)[:local].detach()))
+    experts = model.model.layers[1].mlp.experts
+    ids = torch.tensor([[0, 8, 3, 7], [8, 8, 8, 8], [5, 6, 2, 8]])
+    given = torch.randn(3, 32, generator=torch.Generator().manual_seed(4)), ids, torch.rand(3, 4) * (ids < 8)
+    with torch.no_grad():
+        wanted = experts(given[0], ids.clone(), given[2])
+        with adapter.enable(model) as report:
+            torch.testing.assert_close(experts(*given), wanted, rtol=1e-4, atol=1e-5)
+    (row,) = report.declined
+    assert row.module == "model.layers.0.mlp.experts" and "topk <= num_experts does not hold" in row.why
+    assert ran == {"moe.experts": 1}
+
+
+def test_the_logits_of_routers_are_recorded_as_ever(ran):
+    model, prompt = tiny.model("qwen3_moe"), tiny.tokens()
+    with torch.no_grad():
+        own = model(prompt, output_router_logits=True)
+        with adapter.enable(model):
+            found = model(prompt, output_router_logits=True)
+    assert len(found.router_logits) == tiny.LAYERS and ran["moe.topk"] == tiny.LAYERS
+    torch.testing.assert_close(found.router_logits, own.router_logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.aux_loss, own.aux_loss, rtol=1e-4, atol=1e-4)
+
+
+def test_a_profile_shows_the_ops(ran):
+    model = tiny.model("qwen3_moe")
+    with adapter.enable(model), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        logits(model)
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls["kernel_registry::moe_topk"] == calls["kernel_registry::moe_experts"] == tiny.LAYERS
 
 
 def test_compiled_before_anything_was_decided_is_an_error_that_says_what_to_do():
