@@ -79,5 +79,6 @@ runtime("vllm", "test_vllm_engines.py", "test_vllm_switch.py", "test_vllm_routin
         then=vllm, KERNEL_REGISTRY_NEXT_VLLM="{environment}/next")
 runtime("sglang", "test_sglang.py", "test_sglang_calls.py", "test_sglang_engine.py", then=sglang)
 runtime("tokenspeed", "test_tokenspeed.py")
-runtime("transformers", "test_transformers.py", "test_transformers_benchmark.py")
-runtime("transformers_5_17", "test_transformers.py", "test_transformers_benchmark.py")
+TRANSFORMERS = [f"test_transformers{part}.py" for part in ("", "_switch", "_declined", "_benchmark")]
+runtime("transformers", *TRANSFORMERS)
+runtime("transformers_5_17", *TRANSFORMERS)
