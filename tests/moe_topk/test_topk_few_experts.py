@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 from test_topk_compiles import TARGETS
-from test_topk_mutants import copied  # noqa: F401  a fixture
+from test_topk_mutants import copied
 from topk_support import judged, kernel, named, routing, same_bits
 
 from kernel_registry.errors import InputError
@@ -155,15 +155,15 @@ MUTANTS = {
 
 
 @pytest.mark.parametrize("bug", MUTANTS)
-def test_killed(copied, bug, router, device):  # noqa: F811
+def test_killed(bug, router, device):
     line, changed, flavour, traits = MUTANTS[bug]
     file = FACTORY if line.startswith("launch") else KERNEL
     args, kwargs = cases.inputs(traits, TOKENS, flavour=flavour, device=device)
     expected = router(traits)(*args, **kwargs)
     options = dict(platform=detect(), rows_per_program=32)
     assert not difference(kernel("triton_few_experts", traits, **options)(*args, **kwargs), expected)
-    mutant = copied("triton_few_experts", file, line, changed).topk(**traits, **options)
-    assert difference(mutant(*args, **kwargs), expected)
+    with copied("triton_few_experts", file, line, changed) as module:
+        assert difference(module.topk(**traits, **options)(*args, **kwargs), expected)
 
 
 # ---- what the compiler makes of it -----------------------------------------------------------------------------------
