@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import itertools
 import os
 import subprocess
@@ -123,6 +123,25 @@ class Toy:
             self.file(source) if isinstance(source, dict) else self.write(source) if isinstance(source, str) else source
         )
         return Registry(path, **{"plugins": False, "environment": False, "platform": "sm_90", **options})
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter():
+    """Triton's interpreter several times as fast, with the same results."""
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ.get("TRITON_INTERPRET") and importlib.util.find_spec("triton"):
+            from tests import interpreted
+
+            interpreted.quick(patch)
+        yield
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where tests of kernels have their tensors: on a GPU where there is one, else on the CPU for the interpreter."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture
