@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,7 @@ def quick(patch: pytest.MonkeyPatch) -> None:
     """All that no kernel can tell."""
     whole_reductions(patch)
     language_once(patch)
+    dtypes_once(patch)
 
 
 def whole_reductions(patch: pytest.MonkeyPatch) -> None:
@@ -50,6 +52,16 @@ def language_once(patch: pytest.MonkeyPatch) -> None:
         return SimpleNamespace(restore=lambda: None) if replaced else original(fn)  # undone by who did it
 
     patch.setattr(interpreter, "_patch_lang", patch_lang)
+
+
+def dtypes_once(patch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter makes a table of all dtypes each time that it looks one up; here, once for each of them."""
+    from triton.runtime import interpreter
+
+    original = interpreter._get_np_dtype
+    kept = lru_cache(maxsize=None)(original)
+    patch.setattr(interpreter, "_get_np_dtype", lambda of: (  # pointers have no hash
+        kept(of.scalar) if type(of.scalar) is interpreter.tl.dtype else original(of)))
 
 
 def wide_tiles(patch: pytest.MonkeyPatch, rows: int) -> None:
