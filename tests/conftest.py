@@ -15,6 +15,8 @@ from kernel_registry.traits.platform import detect
 
 if detect().kind not in ("cuda", "hip"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # beside others, a thread that waits for another keeps a core from work
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 for name in ("KERNEL_REGISTRY_OVERRIDES", "KERNEL_REGISTRY_TILES"):
     os.environ.pop(name, None)  # a developer's own files are not what is tested
 
@@ -186,7 +188,7 @@ def python(tmp_path):
             [sys.executable, "-c", code, *arguments],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
             cwd=tmp_path,
             env={**env, "PYTHONPATH": os.pathsep.join(paths), **environment},
         )
