@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import itertools
 import os
 import subprocess
@@ -15,6 +15,8 @@ from kernel_registry.traits.platform import detect
 
 if detect().kind not in ("cuda", "hip"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # beside others, a thread that waits for another keeps a core from work
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 for name in ("KERNEL_REGISTRY_OVERRIDES", "KERNEL_REGISTRY_TILES"):
     os.environ.pop(name, None)  # a developer's own files are not what is tested
 
@@ -125,6 +127,25 @@ class Toy:
         return Registry(path, **{"plugins": False, "environment": False, "platform": "sm_90", **options})
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter():
+    """Triton's interpreter several times as fast, with the same results."""
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ.get("TRITON_INTERPRET") and importlib.util.find_spec("triton"):
+            from tests import interpreted
+
+            interpreted.quick(patch)
+        yield
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where tests of kernels have their tensors: on a GPU where there is one, else on the CPU for the interpreter."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @pytest.fixture
 def toy(tmp_path):
     with _importable(tmp_path):
@@ -167,7 +188,7 @@ def python(tmp_path):
             [sys.executable, "-c", code, *arguments],
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
             cwd=tmp_path,
             env={**env, "PYTHONPATH": os.pathsep.join(paths), **environment},
         )

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from indexer_checkpoints import HEAD_DIM, HIDDEN, checkpoint
 from indexer_support import bits, layer, model, same, weight
-from test_indexer_loader import HEAD_DIM, HIDDEN, checkpoint
 
 from kernel_registry import registry
 from kernel_registry.errors import CheckpointError

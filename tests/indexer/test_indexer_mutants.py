@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
-import itertools
-import shutil
-import sys
-from pathlib import Path
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import indexer_failures
 import pytest
 
-from kernel_registry.ops import indexer as package
-from kernel_registry.ops.moe import casts
+from tests import mutants
 
-SOURCES = Path(package.__file__).parent
-KERNEL, FACTORY, TORCH, REFERENCE = "fused_kernel.py", "triton_fused.py", "torch_fused.py", "reference.py"
-COLUMNS, CHECKS = "triton_columns.py", "checks.py"
-FORMATS, STAGES, LOADER, MODULE, CASTS = "formats.py", "stages.py", "loader.py", "module.py", "casts.py"
+KERNEL, FACTORY, COLUMNS, CHECKS, TORCH, REFERENCE, FORMATS, STAGES, LOADER, MODULE = (
+    f"indexer/wk_weights_proj/{name}.py" for name in ("fused_kernel", "triton_fused", "triton_columns", "checks",
+                                                      "torch_fused", "reference", "formats", "stages", "loader",
+                                                      "module"))
+CASTS = "moe/casts.py"
 IMPLEMENTATIONS = {KERNEL: "triton_fused", COLUMNS: "triton_columns",
                    CHECKS: "triton_fused", CASTS: "triton_fused", FACTORY: "triton_fused", TORCH: "torch_fused",
                    REFERENCE: "reference"}
 STORED = "tl.store(partial + split * tokens * COLUMNS + place, total, mask=mask)"
-_numbers = itertools.count()
 
 MUTANTS = {  # bug -> (file, what stands there once, what replaces it)
     "a piece forgotten": (KERNEL, "tl.static_range(SPLITS)", "tl.static_range(SPLITS - 1)"),
@@ -77,55 +72,39 @@ MUTANTS = {  # bug -> (file, what stands there once, what replaces it)
 IN_THE_INTERPRETER = ("bits cut off",)  # compiled, the cast is Triton's
 
 
-@pytest.fixture
-def copied(tmp_path, monkeypatch):
-    """What is wrong with a private copy of the op's package with one place changed."""
-    monkeypatch.syspath_prepend(str(tmp_path))
-    name = f"indexer_mutant_{next(_numbers)}"
-
-    def failure(device, implementation="", file="", place="", changed=""):
-        op = tmp_path / name / "indexer" / "wk_weights_proj"
-        shutil.copytree(SOURCES, op.parent, ignore=shutil.ignore_patterns("__pycache__"))
-        (tmp_path / name / "moe").mkdir()
-        shutil.copy(casts.__file__, tmp_path / name / "moe" / CASTS)
-        if file:
-            path = tmp_path / name / "moe" / CASTS if file == CASTS else op / file
-            text = path.read_text()
-            assert text.count(place) == 1, f"{file} has {place!r} {text.count(place)} times, the mutant needs it once"
-            path.write_text(text.replace(place, changed))
-        importlib.invalidate_caches()
+@contextmanager
+def judged(device, implementation, *change):
+    """A function that says what is wrong with an implementation or, without one, with the loader, of a changed copy."""
+    with mutants.copied(*change) as load:
+        op = "indexer.wk_weights_proj"
         if implementation:
-            return indexer_failures.numerics(
-                importlib.import_module(f"{name}.indexer.wk_weights_proj.{implementation}"), device)
-        module, loader = (importlib.import_module(f"{name}.indexer.wk_weights_proj.{one}") for one in
-                          ("module", "loader"))
-        return indexer_failures.loading(SimpleNamespace(module=module, loader=loader))
-
-    yield failure
-    for module in [m for m in sys.modules if m.split(".")[0] == name]:
-        del sys.modules[module]
+            module = load(f"{op}.{implementation}")
+            yield lambda: indexer_failures.numerics(module, device)
+        else:
+            package = SimpleNamespace(module=load(f"{op}.module"), loader=load(f"{op}.loader"))
+            yield lambda: indexer_failures.loading(package)
 
 
 @pytest.mark.parametrize("implementation", ["triton_fused", "torch_fused", "reference", ""])
-def test_the_copy_as_it_is_passes(copied, implementation, device):
+def test_the_copy_as_it_is_passes(implementation, device):
     if implementation == "triton_fused":
         pytest.importorskip("triton")
-    assert copied(device, implementation) == ""
+    with judged(device, implementation) as failure:
+        assert failure() == ""
 
 
 @pytest.mark.parametrize("bug", MUTANTS)
-def test_killed(copied, bug, device):
+def test_killed(bug, device):
     if device == "cuda" and bug in IN_THE_INTERPRETER:
         pytest.skip("a line that runs in the interpreter only")
     file, place, changed = MUTANTS[bug]
     implementation = IMPLEMENTATIONS.get(file, "")
     if implementation == "triton_fused":
         pytest.importorskip("triton")
-    try:
-        found = copied(device, implementation, file, place, changed)
-    except AssertionError:
-        raise
-    except Exception as error:  # refused where it should not be
-        found = repr(error)
+    with judged(device, implementation, file, place, changed) as failure:
+        try:
+            found = failure()
+        except Exception as error:  # refused where it should not be
+            found = repr(error)
     print(f"{bug}: {found}")
     assert found

@@ -6,8 +6,8 @@ import gc
 
 import pytest
 import torch
+from indexer_checkpoints import checkpoint
 from indexer_support import SIZES, layer, model, same, weight
-from test_indexer_loader import checkpoint
 
 from kernel_registry import registry
 from kernel_registry.ops.indexer.wk_weights_proj import cases, oracle, reference, torch_fused

@@ -1,4 +1,4 @@
-"""Fixtures of the experts' tests: the same tests run on CUDA tensors where there is a GPU, else in the interpreter."""
+"""Fixtures of the experts' tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,3 @@ def one_thread():
     yield
     torch.set_num_threads(before)
 
-
-@pytest.fixture(scope="session")
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

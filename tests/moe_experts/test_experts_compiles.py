@@ -7,33 +7,28 @@ one that the tiles were chosen on.
 
 from __future__ import annotations
 
-import importlib.util
-import json
-
 import pytest
 from experts_support import layer
 
-TARGETS = {"sm_80": ("cuda", 80, 32), "sm_89": ("cuda", 89, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32),
-           "gfx90a": ("hip", "gfx90a", 64), "gfx942": ("hip", "gfx942", 64), "gfx950": ("hip", "gfx950", 64)}
+from tests import compiled
+
 SHARED = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx90a": 64, "gfx942": 64, "gfx950": 160}  # KiB
 PLAIN = ("none", "int8_w8a16", "int4")
 ALL = (*PLAIN, "fp8_block", "fp8_channel", "int8_static")
 CODE = '''
-import json, sys
 from contextlib import nullcontext
-import torch, triton
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from kernel_registry.ops.moe.experts import cases, triton_few_tokens, triton_grouped
 from kernel_registry.traits.platform import Platform
+from tests.compiled import asked, tell
 
-target, arch, calls = json.loads(sys.argv[1])
+target, arch, calls = asked()
 
 
 class Driver:  # of a machine that is not here
     launcher_cls = None
-    get_current_target = staticmethod(lambda: GPUTarget(*target))
+    get_current_target = staticmethod(lambda: target)
     get_current_device = staticmethod(lambda: 0)
     get_current_stream = staticmethod(lambda device=None: 0)
     map_python_to_cpp_type = staticmethod(lambda kind: "int")
@@ -51,15 +46,14 @@ for module, traits, tokens in calls:
     options = {"few, matrix unit": dict(matrix_unit=True)}.get(module, {})
     {"grouped": triton_grouped}.get(module, triton_few_tokens).experts(
         **traits, **options, platform=Platform.parse(arch))(*args, **kwargs)
-    print("RESULT " + json.dumps([[name, kernel.metadata.shared, "launch_dependents" in kernel.asm.get("ptx", "")]
-                                  for name, kernel in made]))
+    tell([[name, kernel.metadata.shared, "launch_dependents" in kernel.asm.get("ptx", "")] for name, kernel in made])
     made.clear()
 '''
 CHAIN = ["prepare", "grouped_up", "grouped_down", "sum_slots"]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.parametrize("arch", TARGETS)
+@compiled.needs_triton
+@pytest.mark.parametrize("arch", SHARED)
 def test_compiles(arch, python, tmp_path):
     formats = ALL if arch in ("sm_89", "sm_90", "sm_100") else PLAIN
     calls = []
@@ -70,36 +64,35 @@ def test_compiles(arch, python, tmp_path):
         if format in ("none", "fp8_block"):
             calls.append(("few", layer(4, 2, 512, 384, format), 1))
     names = {"few": ["pair_up", "pair_down"]}
-    for (module, _, tokens), kernels in zip(calls, compiled(arch, calls, python, tmp_path)):
+    for (module, _, tokens), kernels in zip(calls, made(arch, calls, python, tmp_path)):
         assert [name for name, *_ in kernels if name != "quantise_rows"] == \
             names.get(module, CHAIN)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@compiled.needs_triton
 @pytest.mark.parametrize("arch", ("sm_89", "sm_90", "sm_100"))
 def test_few_tokens_on_the_matrix_unit_compile(arch, python, tmp_path):
     odd = dict(activation="swigluoai", has_bias=True, expert_parallel=True, dtype="float16")
     calls = [("few, matrix unit", layer(8, 8, 256, 1536, "fp8_block"), 1),
              ("few, matrix unit", layer(4, 3, 264, 600, "fp8_block", **odd), 1)]
-    for kernels in compiled(arch, calls, python, tmp_path):
+    for kernels in made(arch, calls, python, tmp_path):
         assert [name for name, *_ in kernels] == ["pair_up_dot", "pair_down_dot"]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@compiled.needs_triton
 def test_persistent_products_compile(python, tmp_path):
     odd = dict(activation="gelu", has_bias=True, expert_parallel=True, dtype="float16")
     calls = [("grouped", layer(8, 2, 640, 384, "fp8_block"), 1100),
              ("grouped", layer(8, 3, 256, 128, "fp8_block", **odd), 300),
              ("grouped", layer(8, 2, 320, 192), 1100)]
     both = ["prepare", "persistent_up", "persistent_down", "sum_slots"]
-    names = [[name for name, *_ in kernels] for kernels in compiled("sm_90", calls, python, tmp_path)]
+    names = [[name for name, *_ in kernels] for kernels in made("sm_90", calls, python, tmp_path)]
     assert names == [both, both, ["prepare", "grouped_up", "persistent_down", "sum_slots"]]
 
 
-def compiled(arch, calls, python, tmp_path) -> list:
+def made(arch, calls, python, tmp_path) -> list:
     """The kernels of each call, compiled in another process: (name, shared memory, lets the next launch in)."""
-    output = python(CODE, json.dumps([TARGETS[arch], arch, calls]), TRITON_CACHE_DIR=str(tmp_path / "cache"))
-    results = [json.loads(line.removeprefix("RESULT ")) for line in output.splitlines() if line.startswith("RESULT ")]
+    results = compiled.results(python, tmp_path, CODE, arch, calls)
     assert len(results) == len(calls)
     for (_, traits, _), kernels in zip(calls, results):
         for name, shared, dependent in kernels:

@@ -8,11 +8,7 @@ every tensor lies room that is NaN, or 0 in integers, and so is what a kernel fi
 from __future__ import annotations
 
 import importlib
-import itertools
-import shutil
-import sys
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,15 +20,14 @@ from kernel_registry.ops.moe import experts as package
 from kernel_registry.ops.moe.experts import cases, oracle
 from kernel_registry.ops.moe.experts.tiles import tile
 from kernel_registry.traits.platform import Platform
+from tests import mutants
 
 triton = pytest.importorskip("triton")
 interpreter = pytest.importorskip("triton.runtime.interpreter")
 pytestmark = [pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="these tiles are the interpreter's"),
               pytest.mark.filterwarnings("ignore::RuntimeWarning")]  # numpy's, of what a bug makes infinite
 
-SOURCES = Path(package.__file__).parents[1]  # with casts.py beside the op's folder
 ROOM = 2**17  # bytes on either side of a tensor, more than any of these bugs is astray
-_numbers = itertools.count()
 
 # ---- calls: name -> (implementation, traits, tokens, flavour, tiles of the grouped kernels, or DOT) ------------------
 
@@ -203,35 +198,16 @@ def failure(module, case: str, monkeypatch) -> str:
     return rooms.astray if verdict.passed else verdict.detail
 
 
-@pytest.fixture
-def copied(tmp_path, monkeypatch):
-    """A private copy of the ops' package with one place changed; returns an implementation's module in it."""
-    monkeypatch.syspath_prepend(str(tmp_path))
-    name = f"mutant_{next(_numbers)}"
-
-    def make(implementation, file, place, changed):
-        shutil.copytree(SOURCES, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "topk", "finalize"))
-        path = tmp_path / name / "experts" / file
-        text = path.read_text()
-        assert text.count(place) == 1, f"{file} has {place!r} {text.count(place)} times, the mutant needs it once"
-        path.write_text(text.replace(place, changed))
-        importlib.invalidate_caches()
-        return importlib.import_module(f"{name}.experts.{implementation}")
-
-    yield make
-    for module in [m for m in sys.modules if m.split(".")[0] == name]:
-        del sys.modules[module]
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_the_kernels_as_they_are_pass(case, monkeypatch):
     assert failure(importlib.import_module(f"{package.__name__}.{CASES[case][0]}"), case, monkeypatch) == ""
 
 
 @pytest.mark.parametrize("bug", MUTANTS)
-def test_killed(copied, bug, monkeypatch):
+def test_killed(bug, monkeypatch):
     file, place, changed, case = MUTANTS[bug]
-    found = failure(copied(CASES[case][0], file, place, changed), case, monkeypatch)
+    with mutants.copied(f"moe/experts/{file}", place, changed) as load:
+        found = failure(load(f"moe.experts.{CASES[case][0]}"), case, monkeypatch)
     print(f"{bug}, by {case}: {found}")
     assert found
 

@@ -12,7 +12,6 @@ from kernel_registry.cli import main
 from kernel_registry.ops.moe.experts.contract import Experts
 from kernel_registry.traits.families import FamiliesError, parse
 from kernel_registry.traits.model_config import ConfigError, ModelConfig, experts, load_config, routing, shipped_models
-from tests import interpreted
 
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 
@@ -148,8 +147,7 @@ def test_run_says_what_it_reduced_on_a_cpu(model):
 
 
 @pytest.mark.parametrize("name", [i.name for i in registry.catalog.op("moe.experts").implementations])
-def test_verify_passes(name, tmp_path, monkeypatch):
-    interpreted.whole_reductions(monkeypatch)
+def test_verify_passes(name, tmp_path):
     report = tmp_path / "report.json"
     output = typed("verify", "--op", "moe.experts", "--implementation", name, "--budget", "24", "--json", str(report))
     assert " 0 failed, " in output

@@ -8,10 +8,12 @@ CODE = '''
 import ctypes, mmap, os, sys
 os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, sys.argv[1])
-import torch
+import pytest, torch
 from finalize_support import SUITE, layer
 from kernel_registry.ops.moe.finalize import cases, oracle, triton_finalize
+from tests import interpreted
 
+interpreted.quick(pytest.MonkeyPatch())
 triton_finalize.WHOLE = False
 libc, held = ctypes.CDLL(None), []
 

@@ -6,15 +6,11 @@ is what makes it fast: loads of 16 bytes, all of them before the first addition,
 
 from __future__ import annotations
 
-import importlib.util
-import json
-
 import pytest
 from finalize_support import REDUCED, layer
 
-TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32),
-           "gfx90a": ("hip", "gfx90a", 64), "gfx942": ("hip", "gfx942", 64), "gfx950": ("hip", "gfx950", 64),
-           "gfx1100": ("hip", "gfx1100", 32), "gfx1250": ("hip", "gfx1250", 32)}
+from tests import compiled
+
 BOXES = {  # name -> (traits, columns a program, flavour, vectors of 16 bytes loaded on NVIDIA; None: narrower ones)
     "deepseek": (layer(256, 8, 7168, has_shared=True), 1024, "random", 9),
     "few tokens": (layer(256, 8, 7168), 256, "random", 8),
@@ -24,60 +20,32 @@ BOXES = {  # name -> (traits, columns a program, flavour, vectors of 16 bytes lo
     "strided": (layer(64, 2, 511, dtype="float16", out_dtype="float32"), 512, "strided", None),
 }
 CODE = '''
-import json, sys
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from kernel_registry.ops.moe.finalize import cases, triton_finalize
 from kernel_registry.traits.platform import Platform
+from tests.compiled import Recorder, asked, build_launched, tell
 
-SHORT = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32",
-         torch.int64: "*i64"}
-target, arch, boxes = json.loads(sys.argv[1])
-kernel, seen = triton_finalize.finalize_kernel, []
-
-
-class Recorder:  # what the factory's kernel would launch, without launching
-    def __getitem__(self, grid):
-        return lambda *arguments, **keywords: seen.append((grid, arguments, keywords))
-
-
-triton_finalize.finalize_kernel, triton_finalize.INTERPRETED = Recorder(), True
+target, arch, boxes = asked()
+kernel, recorder = triton_finalize.finalize_kernel, Recorder()
+triton_finalize.finalize_kernel, triton_finalize.INTERPRETED = recorder, True
 for traits, columns, flavour in boxes:
     args, kwargs = cases.inputs(traits, 3, seed=1, flavour=flavour)
     made = triton_finalize.finalize(**traits, platform=Platform.parse(arch), columns_per_program=columns)
     made(*args, **kwargs)
-    grid, arguments, keywords = seen.pop()
+    grid, arguments, keywords = recorder.seen.pop()
     assert grid == (3, -(-traits["hidden_size"] // columns)), grid
-    constants = {name: keywords.pop(name) for name in list(keywords) if name in kernel.arg_names}
-    types, divisible = {}, []
-    for name, value in zip(kernel.arg_names, arguments):
-        if value is None or type(value) is int and value == 1:
-            constants[name] = value
-            continue
-        types[name] = SHORT[value.dtype] if torch.is_tensor(value) else "fp32" if type(value) is float else "i32"
-        if (value.data_ptr() if torch.is_tensor(value) else value if type(value) is int else 1) % 16 == 0:
-            divisible.append(name)
-    result = triton.compile(
-        ASTSource(fn=kernel, signature={name: types.get(name, "constexpr") for name in kernel.arg_names},
-                  constexprs=constants,
-                  attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}),
-        target=GPUTarget(*target), options=keywords)
+    result = build_launched(kernel, arguments, keywords, target)
     ptx = result.asm.get("ptx", "").splitlines()
     loads = [n for n, line in enumerate(ptx) if "ld.global" in line and ".v4.b32" in line]
     sums = [n for n, line in enumerate(ptx) if line.strip().startswith(("fma.rn.f32", "add.f32", "add.rn.f32"))]
-    print("RESULT " + json.dumps(dict(
-        size=len(result.asm["cubin" if target[0] == "cuda" else "hsaco"]), shared=result.metadata.shared,
-        vectors=len(loads), early=not (loads and sums) or max(loads) < min(sums))))
+    tell(dict(size=len(result.asm["cubin" if target.backend == "cuda" else "hsaco"]), shared=result.metadata.shared,
+              vectors=len(loads), early=not (loads and sums) or max(loads) < min(sums)))
 '''
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-@pytest.mark.parametrize("arch", TARGETS)
+@compiled.needs_triton
+@pytest.mark.parametrize("arch", compiled.EVERYWHERE)
 def test_compiles(arch, python, tmp_path):
-    boxes = [box[:3] for box in BOXES.values()]
-    output = python(CODE, json.dumps([TARGETS[arch], arch, boxes]), TRITON_CACHE_DIR=str(tmp_path / "cache"))
-    done = [json.loads(line) for line in output.split("RESULT ")[1:]]
+    done = compiled.results(python, tmp_path, CODE, arch, [box[:3] for box in BOXES.values()])
     assert len(done) == len(BOXES)
     for (name, (*_, vectors)), got in zip(BOXES.items(), done):
         print(f"{arch} {name}: {got}")

@@ -4,23 +4,15 @@ None reads or writes where no memory is: test_finalize_bounds.py is for those.""
 
 from __future__ import annotations
 
-import importlib
-import itertools
-import shutil
-import sys
-from pathlib import Path
-
 import pytest
 from finalize_support import numerics_failure
 
-from kernel_registry.ops.moe import finalize as package
+from tests import mutants
 
-SOURCES = Path(package.__file__).parents[1]  # with casts.py beside the op's folder
-KERNEL, FACTORY, REFERENCE, CASTS = ("finalize/finalize_kernel.py", "finalize/triton_finalize.py",
-                                     "finalize/reference.py", "casts.py")
+KERNEL, FACTORY, REFERENCE = (f"moe/finalize/{name}.py" for name in ("finalize_kernel", "triton_finalize", "reference"))
+CASTS, CHECKS = "moe/casts.py", "moe/finalize/checks.py"
 ROWS = "total = total + casts.widen(loaded[slot])\n"
 WEIGHTED = "casts.widen(loaded[slot]) * casts.widen(factors[slot])"
-_numbers = itertools.count()
 
 MUTANTS = {  # bug -> (file, what stands there once, what replaces it)
     "bfloat16 sum": (KERNEL, ROWS,
@@ -53,7 +45,7 @@ MUTANTS = {  # bug -> (file, what stands there once, what replaces it)
     "strides of out forgotten": (FACTORY, "out_token, out_column = out.stride()",
                                  "out_token, out_column = hidden_size, 1"),
     "a fresh output": (FACTORY, "        if out is None:\n", "        if True:\n"),
-    "finished too soon": ("finalize/checks.py", "routed_scaling_factor == 1 and", "True and"),
+    "finished too soon": (CHECKS, "routed_scaling_factor == 1 and", "True and"),
     "reference: bfloat16 sum": (REFERENCE, "total = total + (row", "total = total.bfloat16().float() + (row"),
     "reference: skipped slots are read": (REFERENCE, "torch.where(here[:, slot, None], row, 0.0)",
                                           "row * here[:, slot, None]"),
@@ -68,45 +60,26 @@ MUTANTS = {  # bug -> (file, what stands there once, what replaces it)
 IN_THE_INTERPRETER = ("bits cut off", "ties away from even")  # compiled, the cast is Triton's
 
 
-@pytest.fixture
-def copied(tmp_path, monkeypatch):
-    """A private copy of the ops' package with one place changed; returns an implementation's module in it."""
-    monkeypatch.syspath_prepend(str(tmp_path))
-    name = f"mutant_{next(_numbers)}"
-
-    def make(implementation, file="", place="", changed=""):
-        shutil.copytree(SOURCES, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "topk", "experts"))
-        if file:
-            path = tmp_path / name / file
-            text = path.read_text()
-            assert text.count(place) == 1, f"{file} has {place!r} {text.count(place)} times, the mutant needs it once"
-            path.write_text(text.replace(place, changed))
-        importlib.invalidate_caches()
-        return importlib.import_module(f"{name}.finalize.{implementation}")
-
-    yield make
-    for module in [m for m in sys.modules if m.split(".")[0] == name]:
-        del sys.modules[module]
-
-
 @pytest.mark.parametrize("implementation", ["reference", "triton_finalize"])
-def test_the_copy_as_it_is_passes(copied, implementation, device):
+def test_the_copy_as_it_is_passes(implementation, device):
     if implementation != "reference":
         pytest.importorskip("triton")
-    assert numerics_failure(copied(implementation), device=device) == ""
+    with mutants.copied() as load:
+        assert numerics_failure(load(f"moe.finalize.{implementation}"), device=device) == ""
 
 
 @pytest.mark.parametrize("bug", MUTANTS)
-def test_killed(copied, bug, device):
+def test_killed(bug, device):
     if device == "cuda" and bug in IN_THE_INTERPRETER:
         pytest.skip("a line that runs in the interpreter only")
     file, place, changed = MUTANTS[bug]
     if file != REFERENCE:
         pytest.importorskip("triton")
-    try:
-        found = numerics_failure(copied("reference" if file == REFERENCE else "triton_finalize", file, place, changed),
-                                 device=device)
-    except Exception as error:  # an access out of bounds
-        found = repr(error)
+    with mutants.copied(file, place, changed) as load:
+        module = load(f"moe.finalize.{'reference' if file == REFERENCE else 'triton_finalize'}")
+        try:
+            found = numerics_failure(module, device=device)
+        except Exception as error:  # an access out of bounds
+            found = repr(error)
     print(f"{bug}: {found}")
     assert found

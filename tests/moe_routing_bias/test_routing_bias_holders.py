@@ -9,7 +9,6 @@ import gc
 import pytest
 import torch
 
-from kernel_registry import Registry
 from kernel_registry.errors import PreparationError
 from kernel_registry.ops.moe.routing_bias import in_place
 
@@ -17,11 +16,6 @@ OP, NAME = "moe.routing_bias", "e_score_correction_bias"
 EXPERTS = 64
 TO_BF16 = dict(num_experts=EXPERTS, topk=4, num_expert_group=4, topk_group=2, dtype="bfloat16", bias_dtype="bfloat16")
 ODD = torch.full((EXPERTS,), 1 + 2.0**-9)  # no value of bfloat16
-
-
-@pytest.fixture(scope="module")
-def registry():
-    return Registry(plugins=False, environment=False, platform="cpu")
 
 
 def parameter(*shape) -> torch.nn.Parameter:

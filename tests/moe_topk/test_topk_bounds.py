@@ -8,10 +8,12 @@ CODE = '''
 import ctypes, mmap, os, sys
 os.environ["TRITON_INTERPRET"] = "1"
 sys.path.insert(0, sys.argv[1])
-import torch
+import pytest, torch
 from topk_support import routing
 from kernel_registry.ops.moe.topk import cases, oracle, triton_few_experts, triton_router
+from tests import interpreted
 
+interpreted.quick(pytest.MonkeyPatch())
 libc, held = ctypes.CDLL(None), []
 
 def guarded(tensor):

@@ -7,15 +7,11 @@ full-warp maximum is one instruction, registers leave room for many warps, and a
 
 from __future__ import annotations
 
-import importlib.util
-import json
-
 import pytest
 from topk_support import routing
 
-TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32),
-           "gfx90a": ("hip", "gfx90a", 64), "gfx942": ("hip", "gfx942", 64), "gfx950": ("hip", "gfx950", 64),
-           "gfx1100": ("hip", "gfx1100", 32), "gfx1250": ("hip", "gfx1250", 32)}
+from tests import compiled
+
 LONGEST_SORTED = 16  # of the exact way, which scans longer lists in a loop
 
 
@@ -45,18 +41,18 @@ BOXES = {
     "octets": box(128, 4, scoring="softmax", dtype="bfloat16", rows=8, only=HOPPER, registers=64),
 }
 CODE = '''
-import json, os, re, subprocess, sys, tempfile
+import os, re, subprocess, tempfile
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from kernel_registry.ops.moe.topk import triton_router
 from kernel_registry.traits.platform import Platform
+from tests.compiled import asked, build, tell
 
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-target, arch, boxes = json.loads(sys.argv[1])
+target, arch, boxes = asked()
+cuda = target.backend == "cuda"
 seen = []
 triton_router.kept_launch = lambda *of: seen.append(of)  # what the factory would launch, without launching
-triton_router.torch.version.cuda = "13.0" if target[0] == "cuda" else None
+triton_router.torch.version.cuda = "13.0" if cuda else None
 
 
 def registers(cubin):
@@ -90,18 +86,13 @@ for made in boxes:
             absent[name] = otherwise
     aligned = {"weights_out", "ids_out", "bias", *(["logits", "row_stride"] if "strided" not in wanted else [])}
     aligned &= types.keys()
-    result = triton.compile(
-        ASTSource(fn=kernel, signature={name: types.get(name, "constexpr") for name in kernel.arg_names},
-                  constexprs={**constants, **absent},
-                  attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}),
-        target=GPUTarget(*target), options=options)
-    cuda = target[0] == "cuda"
+    result = build(kernel, types, {**constants, **absent}, aligned, target, options)
     binary, ptx = result.asm["cubin" if cuda else "hsaco"], result.asm.get("ptx", "")
-    print("RESULT " + json.dumps(dict(
+    tell(dict(
         size=len(binary), shared=result.metadata.shared, reductions=ptx.count("redux.sync"), barrier="bar.sync" in ptx,
         registers=registers(binary) if cuda and made["registers"] else None,
         places={word: ptx.find(word) for word in ("griddepcontrol.wait", "griddepcontrol.launch_dependents",
-                                                  "ld.global", "st.global")})))
+                                                  "ld.global", "st.global")}))
 '''
 
 
@@ -120,13 +111,11 @@ def fewest_reductions(traits, rows):
     return rows * fast + 2 * exactly
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-@pytest.mark.parametrize("arch", TARGETS)
+@compiled.needs_triton
+@pytest.mark.parametrize("arch", compiled.EVERYWHERE)
 def test_compiles(arch, python, tmp_path):
     names = [name for name, made in BOXES.items() if not made["only"] or arch in made["only"]]
-    output = python(CODE, json.dumps([TARGETS[arch], arch, [BOXES[name] for name in names]]),
-                    TRITON_CACHE_DIR=str(tmp_path / "cache"))
-    done = [json.loads(line) for line in output.split("RESULT ")[1:]]
+    done = compiled.results(python, tmp_path, CODE, arch, [BOXES[name] for name in names])
     assert len(done) == len(names)
     for name, got in zip(names, done):
         made = BOXES[name]

@@ -3,17 +3,15 @@ it fast. Nearly all of it is compared with triton_router, which the other tests 
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
-from test_topk_compiles import TARGETS
-from test_topk_mutants import copied  # noqa: F401  a fixture
+from test_topk_mutants import copied
 from topk_support import judged, kernel, named, routing, same_bits
 
 from kernel_registry.errors import InputError
 from kernel_registry.ops.moe.topk import cases
 from kernel_registry.traits.platform import detect
+from tests import compiled
 
 triton = pytest.importorskip("triton")
 
@@ -155,32 +153,29 @@ MUTANTS = {
 
 
 @pytest.mark.parametrize("bug", MUTANTS)
-def test_killed(copied, bug, router, device):  # noqa: F811
+def test_killed(bug, router, device):
     line, changed, flavour, traits = MUTANTS[bug]
     file = FACTORY if line.startswith("launch") else KERNEL
     args, kwargs = cases.inputs(traits, TOKENS, flavour=flavour, device=device)
     expected = router(traits)(*args, **kwargs)
     options = dict(platform=detect(), rows_per_program=32)
     assert not difference(kernel("triton_few_experts", traits, **options)(*args, **kwargs), expected)
-    mutant = copied("triton_few_experts", file, line, changed).topk(**traits, **options)
-    assert difference(mutant(*args, **kwargs), expected)
+    with copied("triton_few_experts", file, line, changed) as module:
+        assert difference(module.topk(**traits, **options)(*args, **kwargs), expected)
 
 
 # ---- what the compiler makes of it -----------------------------------------------------------------------------------
 
 CODE = '''
-import json, sys
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from kernel_registry.ops.moe.topk import triton_few_experts
 from kernel_registry.traits.platform import Platform
+from tests.compiled import asked, build, tell
 
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-target, arch, boxes = json.loads(sys.argv[1])
+target, arch, boxes = asked()
 seen = []
 triton_few_experts.kept_launch = lambda *of: seen.append(of)  # what the factory would launch, without launching
-triton_few_experts.torch.version.cuda = "13.0" if target[0] == "cuda" else None
+triton_few_experts.torch.version.cuda = "13.0" if target.backend == "cuda" else None
 for traits, launch in boxes:
     triton_few_experts.topk(**traits, platform=Platform.parse(arch), dependent_launch=launch)
     for kernel, constants, options in seen[-2:]:
@@ -191,28 +186,23 @@ for traits, launch in boxes:
         if traits["has_bias"]:
             types["bias"] = "*" + SHORT[traits["bias_dtype"]]
         aligned = {"weights_out", "ids_out", *(["logits"] if constants["DENSE"] else [])}
-        result = triton.compile(
-            ASTSource(fn=kernel, signature={name: types.get(name, "constexpr") for name in kernel.arg_names},
-                      constexprs={**constants, **absent},
-                      attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}),
-            target=GPUTarget(*target), options=options)
+        result = build(kernel, types, {**constants, **absent}, aligned, target, options)
         ptx = result.asm.get("ptx", "")
-        print("RESULT " + json.dumps(dict(
+        tell(dict(
             dense=constants["DENSE"], shared=result.metadata.shared, barrier="bar.sync" in ptx,
             shuffles=ptx.count("shfl.sync"), vectors=[ptx.count(f"ld.global.v{width}.b32") for width in (4, 2)],
             places=[ptx.find(word) for word in ("griddepcontrol.wait", "griddepcontrol.launch_dependents", "ld.global",
-                                                "st.global")])))
+                                                "st.global")]))
 '''
 
 
-@pytest.mark.parametrize("arch", TARGETS)
+@pytest.mark.parametrize("arch", compiled.EVERYWHERE)
 def test_compiles(arch, python, tmp_path):
     """A row stays in its few threads (no barrier, no shared memory, five shuffles where two threads share a row), and
     contiguous logits come in vectors of 16 bytes, or of 8 where that is half a row."""
     boxes = [(few(8, 2), "early" if arch in ("sm_90", "sm_100") else False), (few(8, 2, dtype="bfloat16"), False),
              (few(24, 2, scoring="sqrtsoftplus", dtype="float16"), False)]
-    output = python(CODE, json.dumps([TARGETS[arch], arch, boxes]), TRITON_CACHE_DIR=str(tmp_path / "cache"))
-    done = [json.loads(line) for line in output.split("RESULT ")[1:]]
+    done = compiled.results(python, tmp_path, CODE, arch, boxes)
     assert len(done) == 2 * len(boxes)
     for (traits, launch), got in zip([box for box in boxes for _ in range(2)], done):
         print(f"{arch} {named(traits)}: {got}")

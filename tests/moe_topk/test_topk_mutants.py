@@ -8,10 +8,7 @@ that were looked at, and why nothing can find them.
 from __future__ import annotations
 
 import importlib
-import itertools
-import shutil
-import sys
-from pathlib import Path
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -19,11 +16,10 @@ from topk_mutant_inputs import NAMED, failure
 from topk_support import numerics_failure
 
 from kernel_registry.ops.moe import topk as package
+from tests import mutants
 
-SOURCES = Path(package.__file__).parent
 FACTORY, ROUTER, PACKED, GROUPS = "triton_router.py", "router_kernel.py", "packed.py", "groups.py"
 EXACT, SCORES, LANES, NETWORKS, REFERENCE = "exact.py", "scores.py", "lanes.py", "networks.py", "reference.py"
-_numbers = itertools.count()
 
 # ---- the ten: bug -> implementation -> (file, the line's part, what replaces it) -------------------------------------
 
@@ -265,38 +261,32 @@ HARMLESS_ON = ("pairs", "triples in odd rows", "an overfull lane", "not finite",
                "not finite, softmax", "random, negative, bfloat16 softmax", "not finite, bfloat16 softmax")
 
 
-@pytest.fixture
-def copied(tmp_path, monkeypatch):
-    """A private copy of the op's package with one line changed; returns the implementation's module in it."""
-    monkeypatch.syspath_prepend(str(tmp_path))
-    name = f"mutant_{next(_numbers)}"
-
-    def make(implementation, file="", line="", changed=""):
-        shutil.copytree(SOURCES, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-        if file:
-            path = tmp_path / name / file
-            text = path.read_text()
-            assert text.count(line) == 1, f"{file} has {line!r} {text.count(line)} times, the mutant needs it once"
-            assert "\n" not in line + changed
-            path.write_text(text.replace(line, changed))
-        importlib.invalidate_caches()
-        return importlib.import_module(f"{name}.{implementation}")
-
-    yield make
-    for module in [m for m in sys.modules if m.split(".")[0] == name]:
-        del sys.modules[module]
+@contextmanager
+def copied(implementation, file="", line="", changed=""):
+    """An implementation's module in a private copy of the op's package with one line changed."""
+    assert "\n" not in line + changed
+    with mutants.copied(file and f"moe/topk/{file}", line, changed) as load:
+        yield load(f"moe.topk.{implementation}")
 
 
 @pytest.mark.parametrize("implementation", SERVES)
-def test_the_copy_as_it_is_passes(copied, implementation, device):
+def test_the_copy_as_it_is_passes(implementation, device):
     name, grouped = SERVES[implementation]
-    assert numerics_failure(copied(name), grouped=grouped, device=device) == ""
+    with copied(name) as module:
+        assert numerics_failure(module, grouped=grouped, device=device) == ""
+
+
+@pytest.mark.parametrize("line", ["no such line", "import"])
+def test_a_place_that_is_not_there_once_is_an_error(line):
+    with pytest.raises(AssertionError, match="needs it once"), copied("reference", REFERENCE, line, "pass"):
+        pass
 
 
 @pytest.mark.parametrize("bug,implementation", [(bug, i) for bug, served in TEN.items() for i in served])
-def test_the_suite_kills(copied, bug, implementation, device):
+def test_the_suite_kills(bug, implementation, device):
     name, grouped = SERVES[implementation]
-    found = numerics_failure(copied(name, *TEN[bug][implementation]), grouped=grouped, device=device)
+    with copied(name, *TEN[bug][implementation]) as module:
+        found = numerics_failure(module, grouped=grouped, device=device)
     print(f"{bug} in {implementation}: {found}")
     assert found
 
@@ -313,11 +303,12 @@ def test_the_router_as_it_is_passes(inputs, device):
 
 
 @pytest.mark.parametrize("bug", MUTANTS)
-def test_killed(copied, bug, device):
+def test_killed(bug, device):
     file, line, changed, inputs, *only = MUTANTS[bug]
     if only and only != ["cuda" if device == "cuda" and torch.version.cuda else "interpreter"]:
         pytest.skip(f"a line that runs with {only[0]} only")
-    found = failure(copied("triton_router", file, line, changed), inputs, device)
+    with copied("triton_router", file, line, changed) as module:
+        found = failure(module, inputs, device)
     print(f"{bug}, by {inputs}: {found}")
     assert found
 
@@ -327,8 +318,8 @@ def test_every_input_finds_something():
 
 
 @pytest.mark.parametrize("bug", HARMLESS)
-def test_harmless(copied, bug, device):
+def test_harmless(bug, device):
     file, line, changed, why = HARMLESS[bug]
-    module = copied("triton_router", file, line, changed)
-    for inputs in HARMLESS_ON:
-        assert failure(module, inputs, device) == "", f"{inputs}; no result was to differ, because: {why}"
+    with copied("triton_router", file, line, changed) as module:
+        for inputs in HARMLESS_ON:
+            assert failure(module, inputs, device) == "", f"{inputs}; no result was to differ, because: {why}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_topk_mutants import copied  # noqa: F401  a fixture
+from test_topk_mutants import copied
 from topk_support import DEFAULTS, routing, same_bits
 
 from kernel_registry import registry
@@ -302,11 +302,11 @@ def test_nothing_is_read_before_it_is_written(shape, rows, launch, tokens):
 
 @dependent_launches
 @pytest.mark.parametrize("launch", ["early", "late"])
-def test_a_router_that_does_not_wait_is_found(copied, launch):  # noqa: F811
+def test_a_router_that_does_not_wait_is_found(launch):
     """The chain above would show it: launches do overlap."""
     traits = SHAPES["one group"]
-    module = copied("triton_router", "router_kernel.py", "tl.extra.cuda.gdc_wait()", "pass")
-    got, expected = chain(router(traits, 1, launch, module), traits, 64)
+    with copied("triton_router", "router_kernel.py", "tl.extra.cuda.gdc_wait()", "pass") as module:
+        got, expected = chain(router(traits, 1, launch, module), traits, 64)
     wrong = sum(bool(different(a, b)) for a, b in zip(got, expected))
     print(f"{launch}: {wrong} of {len(got)} steps read too early")
     assert wrong
