@@ -73,7 +73,7 @@ def measure(rounds: int, tokens: int) -> dict:
                  "experts": {"direct": lambda: grouped(hidden, w13, w2, weights, ids),
                              "through": lambda: experts.forward(hidden, ids, weights)}}
         found = {name: least(ways, rounds) for name, ways in calls.items()}
-        looked_at, torch_ops._looked_at = torch_ops._looked_at, lambda tensor: True
+        looked_at, torch_ops._looked_at = torch_ops._looked_at, lambda *_: True
         for name, ways in calls.items():
             found[name]["op"] = least({"op": ways["through"]}, rounds)["op"]
         torch_ops._looked_at = looked_at

@@ -69,17 +69,18 @@ def calling(op: str, source: Registry = registry, library: torch.library.Library
     through = getattr(getattr(torch.ops, library.ns), op_name(op)).default
     past = _dispatching(source, op, source.catalog.op(op).contract)
 
-    def call(tensor, *arguments, **keywords):
-        return (through if _looked_at(tensor) else past)(tensor, *arguments, **keywords)
+    def call(*arguments, **keywords):
+        return (through if _looked_at(arguments, keywords) else past)(*arguments, **keywords)
     return call
 
 
-def _looked_at(tensor: torch.Tensor) -> bool:
-    """Whether the op of a call with this tensor is traced, timed or taken by somebody else: a compiler, torch.jit, a
-    mode (fake tensors, make_fx, counters of operations), a profiler, autograd, a subclass."""
+def _looked_at(arguments: tuple, keywords: dict) -> bool:
+    """Whether the op of this call is traced, timed or taken by somebody else: a compiler, torch.jit, a mode (fake
+    tensors, make_fx, counters of operations), a transform (vmap), a profiler, a subclass, autograd."""
     return (torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._len_torch_dispatch_stack() > 0
-            or torch.autograd._profiler_enabled() or tensor.requires_grad and torch.is_grad_enabled()
-            or type(tensor) is not torch.Tensor)
+            or torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd._profiler_enabled()
+            or type(arguments[0]) is not torch.Tensor or torch.is_grad_enabled() and any(
+                isinstance(given, torch.Tensor) and given.requires_grad for given in (*arguments, *keywords.values())))
 
 
 def _functional(call):

@@ -331,7 +331,11 @@ def test_a_call_that_somebody_looks_at_is_the_op(through):
     assert "kernel_registry::moe_topk" in {event.key for event in profile.key_averages()}
     call(torch.nn.Parameter(logits), bias, topk=4)
     call(logits.clone().requires_grad_(), bias, topk=4)  # torch tells a backward that kernels have none
-    assert through == [True] * 4
+    call(logits, bias.clone().requires_grad_(), topk=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that one row after another is slow
+        ids = torch.vmap(lambda rows: call(rows, bias, topk=4)[1])(logits[None])  # kernels can't read its tensors
+    assert through == [True] * 6 and torch.equal(ids[0], OP(logits, bias, topk=4)[1])
     with FakeTensorMode() as mode:
         assert call(mode.from_tensor(logits), mode.from_tensor(bias), topk=4)[0].shape == (2, 4)
     graphs = []
