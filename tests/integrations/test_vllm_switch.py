@@ -42,9 +42,9 @@ def test_the_setting_says_which_seams_are_taken_and_off_gives_them_back(adapter,
     assert seams() == before
 
 
-def test_a_part_can_be_switched_on_after_another(adapter):
+def test_a_part_can_be_switched_on_after_another_and_named_twice(adapter):
     before = seams()
-    adapter.enable("routing")
+    adapter.enable("routing", "routing")
     adapter.enable("experts")
     assert all(now != then for now, then in zip(seams(), before))
     adapter.disable()
@@ -61,7 +61,7 @@ def test_what_fails_on_the_way_leaves_nothing_switched_but_what_was(adapter, mon
     with pytest.raises(AttributeError, match="no such seam"):
         adapter.enable()
     assert seams() == before
-    adapter.enable("routing")
+    adapter.enable("routing", "routing")
     routing = seams()
     with pytest.raises(AttributeError):
         adapter.enable()

@@ -44,7 +44,7 @@ def enable(*parts: str) -> None:
     unknown = [part for part in parts if part not in _PARTS["1"]]
     if unknown:
         raise ValueError(f"{unknown[0]!r} is no part of it, expected {' or '.join(_PARTS['1'])}")
-    wanted = [part for part in (*(parts or _PARTS["1"]), "caching") if part not in _undo]
+    wanted = [part for part in dict.fromkeys((*(parts or _PARTS["1"]), "caching")) if part not in _undo]
     if not wanted:
         return
     from ... import torch_ops  # noqa: F401  reads the registry's files, whose errors are no fault of vLLM's
