@@ -10,11 +10,11 @@ import json
 import os
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
 import vllm_parts  # noqa: F401  not run where vLLM is not installed
+from installed import own_entry_points, pretend_installed
 from vllm_engine import MOE_LAYERS, NEW_TOKENS
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
@@ -30,13 +30,8 @@ class Engines:
 
     def __init__(self, folder: Path):
         self.folder, self.done = folder, {}
-        (folder / "site" / "kernel_registry_tests-0.dist-info").mkdir(parents=True)
-        declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
-        points = {**declared["vllm.general_plugins"], "zz_counts": "vllm_counts:plugin"}
-        lines = ["[vllm.general_plugins]", *(f"{name} = {value}" for name, value in points.items())]
-        where = folder / "site" / "kernel_registry_tests-0.dist-info"
-        (where / "entry_points.txt").write_text("\n".join(lines))
-        (where / "METADATA").write_text("Metadata-Version: 2.1\nName: kernel-registry-tests\nVersion: 0\n")
+        points = {**own_entry_points()["vllm.general_plugins"], "zz_counts": "vllm_counts:plugin"}
+        pretend_installed(folder / "site", "kernel-registry-tests", {"vllm.general_plugins": points})
 
     def __call__(self, mode: str, *names: str, setting: str = "", processes: bool = False, **environment: str):
         """The results of a job, and what it logged."""
