@@ -209,13 +209,23 @@ def _switch_routers(report: Report, model, through: str) -> None:
         _kernelize(report, model, served)
         return
     for module, family in served.items():
-        _put(report, module, _place(module),
-             MethodType(router_forward(family, modules.own_forward(type(module))), module))
+        ours = MethodType(router_forward(family, modules.own_forward(type(module))), module)
+        place = _place(module)
+        report.undo.append(functools.partial(_own_again, module, ours, getattr(module, place)))
+        setattr(module, place, ours)
 
 
 def _place(module) -> str:
     """The attribute with what a module runs: hooks of accelerate, which take a forward's place, keep it in another."""
     return "_old_forward" if "_hf_hook" in vars(module) else "forward"
+
+
+def _own_again(module, ours, own) -> None:
+    """Puts its own forward where ours is by now: hooks that came or went since have moved it."""
+    if vars(module).get("_old_forward") == ours:
+        module._old_forward = own
+    if vars(module).get("forward") == ours:
+        _drop(module, "forward")
 
 
 def _kernelize(report: Report, model, served: dict) -> None:

@@ -131,6 +131,31 @@ def test_routers_below_accelerates_hooks_are_served(ran):
     assert ran == {"moe.topk": tiny.LAYERS, "moe.experts": tiny.LAYERS} and state(model) == before
 
 
+@pytest.mark.parametrize("first", ["hooks", "registry"])
+def test_accelerates_hooks_come_and_go_meanwhile(ran, first):
+    hooks = pytest.importorskip("accelerate.hooks", reason="not run: accelerate is not installed in this environment")
+    model = tiny.model("qwen3_moe")
+    own, routers = logits(model), [layer.mlp.gate for layer in model.model.layers]
+
+    def hook():
+        for router in routers:
+            hooks.add_hook_to_module(router, hooks.AlignDevicesHook("cpu", io_same_device=True))
+    if first == "hooks":
+        hook()
+    report = adapter.enable(model)
+    if first == "hooks":
+        hooks.remove_hook_from_submodules(model)
+    else:
+        hook()
+    logits(model)
+    assert ran["moe.topk"] == tiny.LAYERS
+    report.disable()
+    calls = dict(ran)
+    assert torch.equal(logits(model), own) and ran == calls
+    assert all(hasattr(router, "_hf_hook") == (first == "registry") == ("forward" in vars(router))
+               for router in routers)
+
+
 @pytest.mark.parametrize("part_first", [False, True])
 def test_a_part_of_a_model_that_is_switched_on_is_refused(part_first):
     model = tiny.model("qwen3_moe")
