@@ -49,7 +49,7 @@ def runtime(name, *tests, then=lambda session: None, **variables):
     @nox.session(name=name, reuse_venv=complete)
     def run(session):
         try:
-            complete or install(session)
+            complete and stamp.is_file() or install(session)  # nox makes it anew where its Python is gone
         except CommandFailed as error:
             session.skip(f"not run: {name} can't be installed on this machine: {error.reason}")
         session.chdir(ROOT)
