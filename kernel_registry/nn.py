@@ -94,9 +94,10 @@ class MoE(torch.nn.Module):
     def _apply(self, *args, **kwargs):
         """The expert_map goes where the parameters go, and keeps what it says: to_empty leaves anything in a buffer, as
         is right for what is loaded afterwards, and this one is not."""
+        before = self.expert_map
         super()._apply(*args, **kwargs)
-        if self._table is not None:
-            self.expert_map = self._table.to(self.expert_map.device)
+        if before is not None:
+            self.expert_map = (self._table if before.is_meta else before).to(self.expert_map.device)
         return self
 
     @property

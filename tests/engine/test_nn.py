@@ -165,3 +165,5 @@ def test_a_map_of_experts_outlives_empty_weights():
     outer = torch.nn.Sequential(module).to_empty(device=DEVICE)
     assert module.expert_map.device == module.gate.device and torch.equal(module.expert_map.cpu(), table)
     assert "expert_map" not in "".join(outer.state_dict())
+    module.expert_map = table.flip(0).to(DEVICE)  # an engine has moved experts since
+    assert torch.equal(outer.half().to_empty(device=DEVICE)[0].expert_map.cpu(), table.flip(0))
