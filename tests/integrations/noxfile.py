@@ -59,7 +59,7 @@ def runtime(name, *tests, then=lambda session: None, **variables):
 
 
 def vllm(session):
-    """Builds for CUDA, which break the import, go; the next version's Python comes, to be looked at and not run."""
+    """Builds for CUDA, which break the import, go; the next version's Python comes, without its libraries."""
     folder = Path(session.virtualenv.location)
     session.run("python", "-m", "pip", "uninstall", "-qy", "torchvision", "torchaudio", "torchcodec")
     session.run("python", "-m", "pip", "download", "-q", "--no-deps", "-d", folder, "-r",
