@@ -80,9 +80,10 @@ class ExpertParallelLayer(MoELayer):
 
     def _share(self) -> tuple[Mapping[str, str], list[int]]:
         """What the other ranks have to know of this one: its traits, and which experts it has."""
-        local = ("num_experts", "platform")  # what ranks need not have in common
-        traits = {name: str(value) for name, value in self.requests[EXPERTS].items() if name not in local}
-        return traits, (self.tensors["expert_map"] >= 0).nonzero().flatten().tolist()
+        table = self.tensors["expert_map"]
+        shared = {**self.requests[EXPERTS], "num_experts": len(table)}  # the router's, where a rank's own may differ
+        traits = {name: str(value) for name, value in shared.items() if name != "platform"}
+        return traits, (table >= 0).nonzero().flatten().tolist()
 
     def _who_has_what(self, shares: Sequence[tuple[Mapping[str, str], list[int]]]):
         """[experts of all ranks] the rank that has each, and one entry more for ids that name none."""

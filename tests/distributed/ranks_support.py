@@ -37,8 +37,10 @@ class Ranks:
         """What each rank returned; None for those that are expected to die."""
         fresh = range(len(self._workers), world)
         self._workers += [self._start() for _ in fresh]
-        for rank in fresh:  # a group's timeout is not for a start on a busy machine
-            assert self._answer(rank) == READY
+        started = [self._answer(rank) for rank in fresh]  # a group's timeout is not for a start on a busy machine
+        if any(answer != READY for answer in started):
+            self.stop()
+            raise Failed(f"ranks that start answered {started}")
         store = str(Path(self._stores.name) / f"run_{next(self._runs)}")
         for rank, (_, pipe) in enumerate(self._workers[:world]):
             pipe.send((function, rank, world, backend, store, timeout, args))

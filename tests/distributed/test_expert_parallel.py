@@ -9,6 +9,8 @@ routing is what the ranks' routers give, in both.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -186,6 +188,23 @@ def of_two_models(rank, device):
     return str(caught.value)
 
 
+def of_two_routers(rank, device):
+    """Rank 1's router has an expert more, and the rank has it."""
+    import torch.distributed as dist
+
+    traits = traits_of("float32")
+    *_, weights = whole(traits, device, 2)
+    own = share(weights, rank, 2, "halves")
+    if rank == 1:
+        for name in ("w13", "w2", "correction_bias"):
+            own[name] = torch.cat([own[name], own[name][-1:]])
+        own["expert_map"] = torch.cat([own["expert_map"], own["expert_map"].max()[None] + 1])
+        traits = replace(traits, routing={**traits.routing, "num_experts": ALL + 1})
+    with pytest.raises(TraitError) as caught:
+        moe_layer(traits, **own, group=dist.group.WORLD, registry=registry_of(device))
+    return str(caught.value)
+
+
 def without_a_map(rank, device):
     import torch.distributed as dist
 
@@ -340,6 +359,8 @@ def test_an_expert_on_no_rank_or_on_two_is_refused_on_every_rank(ranks):
     ranks.run(2, without_a_map)
     for message in ranks.run(2, of_two_models):
         assert "rank 1 of the group has topk=4, rank 0 has 3" in message
+    for message in ranks.run(2, of_two_routers):
+        assert "rank 1 of the group has num_experts=13, rank 0 has 12" in message
 
 
 def test_a_call_that_can_not_be_right_is_refused_before_anything_is_sent(ranks):
