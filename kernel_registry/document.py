@@ -101,10 +101,18 @@ def _refuse_depth(yaml, loader, source: str) -> None:
             event = loader.get_event()
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > _MAX_DEPTH:
-                raise DocumentError(f"is nested too deeply to be a registry (more than {_MAX_DEPTH} levels)",
-                                    where=f"{source}:{event.start_mark.line + 1}", hint="a registry needs about eight")
+                raise _too_deep(source, event.start_mark)
+    except yaml.scanner.ScannerError as error:
+        if "nesting depth" in (error.problem or ""):  # newer builds of libyaml have a bound, and meet it looking ahead
+            raise _too_deep(source, error.problem_mark) from None
+        raise
     finally:
         loader.dispose()
+
+
+def _too_deep(source: str, mark) -> DocumentError:
+    return DocumentError(f"is nested too deeply to be a registry (more than {_MAX_DEPTH} levels)",
+                         where=f"{source}:{mark.line + 1}", hint="a registry needs about eight")
 
 
 class _Builder:
