@@ -39,17 +39,18 @@ class RunRow:
     reduced: Mapping[str, object] = field(default_factory=dict)
 
 
-def run_model(registry: Registry, config: "str | Mapping | ModelConfig", *, tokens: Sequence[int] = (), seed: int = 0,
+def run_model(registry: Registry, config: "str | Mapping | ModelConfig", *, tokens: Sequence[int] = (),
+              ops: Sequence[str] = (), seed: int = 0,
               progress: Callable[[RunRow], None] | None = None) -> list[RunRow]:
-    """Runs every op that the model uses, then its whole layer where these ops make one up, on random inputs of each of
-    the `tokens` counts. By default those are 1, 16 and 256 (1 and 16 in the interpreter), and for an op the first of
-    each range in which another kernel is chosen; one that would take long here is a row that was not run. On a CPU an
-    op may have its sizes reduced; the row says so. A kernel that raises is a failed row; a config that can't be read
-    raises ConfigError."""
+    """Runs every op that the model uses, then its whole layer where these ops make one up, or only the named `ops` and
+    no layer, on random inputs of each of the `tokens` counts. By default those are 1, 16 and 256 (1 and 16 in the
+    interpreter), and for an op the first of each range in which another kernel is chosen; one that would take long here
+    is a row that was not run. On a CPU an op may have its sizes reduced; the row says so. A kernel that raises is a
+    failed row; a config that can't be read raises ConfigError, an op that is not known UnknownNameError."""
     config = read_config(config)
     here = registry.platform()
     rows = []
-    for op in registry.catalog.ops.values():
+    for op in [registry.catalog.op(name) for name in ops] or registry.catalog.ops.values():
         workloads = op.contract.workloads(config)
         tools = harness(op) if workloads else None
         for workload in workloads:
@@ -66,7 +67,7 @@ def run_model(registry: Registry, config: "str | Mapping | ModelConfig", *, toke
                 rows.append(row)
                 if progress:
                     progress(row)
-    for row in _layers(registry, config, tokens, seed):
+    for row in () if ops else _layers(registry, config, tokens, seed):
         rows.append(row)
         if progress:
             progress(row)

@@ -12,12 +12,14 @@ from .common import call_line, interpret_option, open_registry, registry_options
 @click.option("--tokens", type=click.IntRange(min=0), multiple=True, metavar="N",
               help="Rows per call; may be repeated. Default: 1, 16 and 256 (1 and 16 in the interpreter), and the "
               "first count of each range that another kernel serves, where that takes seconds.")
+@click.option("--op", "ops", multiple=True, metavar="OP",
+              help="Only this op, and not the layer that the ops make up; may be repeated.")
 @click.option("--seed", default=0, show_default=True, help="Of the random inputs.")
 @interpret_option
 @registry_options
 @click.pass_context
-def run_command(ctx: click.Context, config: str, tokens: tuple[int, ...], seed: int, registry_file: str | None,
-                overrides: tuple[str, ...], tiles: tuple[str, ...]) -> None:
+def run_command(ctx: click.Context, config: str, tokens: tuple[int, ...], ops: tuple[str, ...], seed: int,
+                registry_file: str | None, overrides: tuple[str, ...], tiles: tuple[str, ...]) -> None:
     """Dispatches and executes each op of a model on this machine, on random inputs, and checks the results against the
     op's oracle. Exits 1 when a check fails.
 
@@ -29,11 +31,11 @@ def run_command(ctx: click.Context, config: str, tokens: tuple[int, ...], seed: 
 
     registry = open_registry(registry_file, overrides, tiles)
     model = read_config(config)
-    planned = plan_model(registry, model)
+    planned = [row for row in plan_model(registry, model) if row.op in (ops or registry.catalog.ops)]
+    rows = run_model(registry, model, tokens=tokens, ops=ops, seed=seed)
     if not planned:
-        click.echo(f"{model.name} uses none of the registered ops")
+        click.echo(f"{model.name} uses none of the {'named' if ops else 'registered'} ops")
         return
-    rows = run_model(registry, model, tokens=tokens, seed=seed)
     click.echo(f"{model.name} on {registry.platform()}, random inputs, seed {seed}")
     for row in planned:
         click.echo(f"  {call_line(registry.catalog.op(row.op), row)}\n    {row.why}")

@@ -131,18 +131,33 @@ def test_run_in_the_interpreter_executes_the_triton_kernel():
     assert result.stderr == ""
 
 
-@pytest.mark.parametrize("model", ["ling-mini-2.0", "glm-4.5-air", "qwen3-30b-a3b"])
-def test_run_with_many_tokens_executes_the_kernel_that_serves_many(run, model):
+@pytest.mark.parametrize("model, ops", [
+    ("ling-mini-2.0", ["moe.topk"]), ("glm-4.5-air", ["moe.topk"]),
+    ("qwen3-30b-a3b", [])])  # one with its whole layer, whose experts take the interpreter minutes in the others
+def test_run_with_many_tokens_executes_the_kernel_that_serves_many(run, model, ops):
     """The first number of tokens of each range up to 4096 that `plan` tells."""
     pytest.importorskip("triton")
     (rows,) = planned(run("plan", model, "--platform", "interpreter").output).values()
     kernels = {span(when)[0] or 3: name for name, when, _ in rows if span(when)[0] <= 4096}
     assert len(kernels) > 2
-    result = interpreted("run", model, *(word for tokens in kernels for word in ("--tokens", str(tokens))))
+    result = interpreted("run", model, *(word for tokens in kernels for word in ("--tokens", str(tokens))),
+                         *(word for op in ops for word in ("--op", op)))
     assert result.returncode == 0, result.stderr
+    assert (" layer " in result.stdout) == (not ops)
     for tokens, kernel in kernels.items():
         assert f"moe.topk {tokens} {kernel} passed" in words(result.stdout)
         assert re.search(rf" {tokens} {re.escape(kernel)} passed \d+ of {tokens} ", words(result.stdout))
+
+
+def test_run_of_one_op(run):
+    pytest.importorskip("torch")
+    result = run("run", "deepseek-v3", "--op", "moe.finalize", "--tokens", "2")
+    assert result.exit_code == 0, result.output
+    rows = [line.split()[:2] for line in result.output.splitlines() if " passed " in line]
+    assert rows == [["moe.finalize", "2"]] and "moe.topk in" not in result.output
+    assert "uses none of the named ops" in run("run", "deepseek-v3", "--op", "indexer.wk_weights_proj").output
+    result = run("run", "deepseek-v3", "--op", "moe.finalise")
+    assert result.exit_code == 2 and "did you mean 'moe.finalize'" in result.output
 
 
 def test_run_says_why_only_the_reference_serves():

@@ -97,6 +97,7 @@ def work(pipe) -> None:
                 torch.cuda.set_device(device)
             dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world,
                                     timeout=timedelta(seconds=timeout))
+            dist.barrier()  # a rank that is done at once would leave while others are still joining
             answer = True, function(rank, device, *args)
         except BaseException:
             answer = False, traceback.format_exc()
