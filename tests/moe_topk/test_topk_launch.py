@@ -1,8 +1,7 @@
 """kept_launch launches exactly what Triton would have compiled for a call, with what Triton would have passed to it.
 
-Without a GPU, Triton's own specialisation and its CUDA launcher's Python side run for real; a fake stands in for the
-compiler, which notes for which specialisation a kernel was made, and for the C function at the end, which notes its
-arguments. With a GPU, the routers' second calls are judged by the oracle.
+Without a GPU, the kernel is one of tests/kept.py, around Triton's own specialisation and launcher. With a GPU, the
+routers' second calls are judged by the oracle.
 """
 
 from __future__ import annotations
@@ -21,66 +20,22 @@ from kernel_registry.ops.moe.topk import cases, oracle
 
 triton = pytest.importorskip("triton")
 from triton import knobs  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.backends.nvidia.compiler import CUDABackend  # noqa: E402
-from triton.backends.nvidia.driver import CudaLauncher  # noqa: E402
-from triton.compiler import CompiledKernel  # noqa: E402
-from triton.runtime import driver  # noqa: E402
-from triton.runtime.jit import create_function_from_signature  # noqa: E402
 
 from kernel_registry.ops.moe.topk import kept_launch as module  # noqa: E402
 from kernel_registry.ops.moe.topk.router_kernel import router_kernel  # noqa: E402
+from tests import kept  # noqa: E402
+from tests.kept import vector  # noqa: E402
 
 OPTIONS = dict(num_warps=1, num_stages=1)
 CONSTANTS = {name: f"the value of {name}" for name in router_kernel.arg_names if name.isupper()}
-UNSPECIALISED = getattr(router_kernel, "do_not_specialize", None) or router_kernel.kwargs["do_not_specialize"]
+stream = kept.stream
 
 
-class Kernel(triton.JITFunction):
-    """The router's JIT function, but what it compiles is a note of Triton's specialisation, and nothing is launched."""
+class Kernel(kept.Kernel):
+    """The router's."""
 
     def __init__(self, scratch=0):
-        super().__init__(router_kernel.fn, do_not_specialize=UNSPECIALISED)
-        backend = CUDABackend(GPUTarget("cuda", 90, 32))
-        self.binder = create_function_from_signature(self.signature, self.params, backend)
-        self.scratch, self.made, self.asked, self.launched = scratch, {}, 0, []
-
-    def specialisation(self, *arguments):
-        return tuple(map(tuple, self.binder(*arguments, *CONSTANTS.values())[1]))
-
-    def run(self, *arguments, grid, warmup, **options):
-        assert options == OPTIONS and arguments[-len(CONSTANTS):] == tuple(CONSTANTS.values())
-        self.asked += 1
-        specialisation = self.specialisation(*arguments[:-len(CONSTANTS)])
-        return self.made.setdefault(specialisation, self.compiled(specialisation))
-
-    def compiled(self, specialisation):
-        made, run = CompiledKernel.__new__(CompiledKernel), CudaLauncher.__new__(CudaLauncher)
-        sizes = dict(global_scratch_size=self.scratch, profile_scratch_size=0)
-        made.__dict__.update(src=None, module=None, function=1000 + len(self.made), packed_metadata=(1, 1, 0), _run=run,
-                             metadata=SimpleNamespace(**sizes))
-        run.__dict__.update(sizes, global_scratch_align=16, profile_scratch_align=16, num_ctas=1, launch_pdl=True,
-                            launch_cooperative_grid=False, gsan_enabled=False, arg_annotations=["an annotation"],
-                            kernel_signature=b"a signature")
-        run.launch = lambda *passed: self.launched.append((specialisation, passed))  # and does not hold what is made
-        return made
-
-
-@pytest.fixture
-def stream(monkeypatch):
-    """As on an NVIDIA GPU, as far as can be told; CPU tensors are on its device -1. Its current stream, to be set."""
-    current = SimpleNamespace(number=7)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
-    monkeypatch.setattr(driver, "_active", SimpleNamespace(get_current_stream=lambda device: current.number))
-    return current
-
-
-def vector(dtype, offset=0, size=8):
-    """A tensor whose address is `offset` elements from a multiple of 16."""
-    memory = torch.empty(size + 64, dtype=dtype)
-    assert memory.data_ptr() % 16 == 0
-    return memory[offset:offset + size]
+        super().__init__(router_kernel, CONSTANTS, OPTIONS, scratch)
 
 
 FLOATS, INTS, LONGS = torch.float32, torch.int32, torch.int64

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import lru_cache
 
 import torch
 import triton
 
 from kernel_registry.errors import InputError
 
+from ..kept_launch import kept_launch
+
 INTERPRETED = triton.knobs.runtime.interpret
+launch_of = lru_cache(maxsize=None, typed=True)(kept_launch)  # one for the same kernel and constants
 
 
 def dependent_launch(platform) -> bool:
@@ -25,7 +29,7 @@ def ptx(platform) -> bool:
 def on_gpu(device: torch.device):
     """The context to launch in. Raises InputError for tensors that are not on a GPU."""
     if device.type == "cuda":
-        return torch.cuda.device(device)
+        return nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
     if INTERPRETED:
         return nullcontext()
     raise InputError(f"hidden_states is on {device}, this kernel runs on a GPU",

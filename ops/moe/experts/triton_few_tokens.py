@@ -12,7 +12,7 @@ import triton.language as tl
 
 from . import few_tokens, few_tokens_dot
 from .checks import make_checks
-from .launch import INTERPRETED, dependent_launch, on_gpu, ptx
+from .launch import INTERPRETED, dependent_launch, launch_of, on_gpu, ptx
 
 _ROUNDED = {"bfloat16": tl.bfloat16, "float16": tl.float16}
 
@@ -40,6 +40,10 @@ def experts(*, num_experts, topk, hidden_size, intermediate_size, dtype="bfloat1
         up, down = _elementwise_tiles(blocks, hidden_size, intermediate_size, group_size)
         shared["FORMAT"] = weight_quant
         up["ROUND"] = None if blocks else _ROUNDED[dtype]
+    columns_up, columns_down = -(-intermediate_size // up["BLOCK_N"]), -(-hidden_size // down["BLOCK_N"])
+    first = launch_of(first, INTERLEAVED=activation == "swigluoai", ACTIVATION=activation, PTX=ptx(platform), **up,
+                      **shared)
+    second = launch_of(second, SLOTS=triton.next_power_of_2(topk), **down, **shared)
 
     def kernel(hidden_states, w13, w2, topk_weights, topk_ids, *, w13_scale=None, w2_scale=None, a13_scale=None,
                a2_scale=None, w13_bias=None, w2_bias=None, expert_map=None, out=None):
@@ -54,12 +58,10 @@ def experts(*, num_experts, topk, hidden_size, intermediate_size, dtype="bfloat1
         routes = tokens * topk
         act = torch.empty((routes, intermediate_size), dtype=torch.float32, device=device)
         with on_gpu(device):
-            first[(routes, -(-intermediate_size // up["BLOCK_N"]))](
-                hidden_states, hidden_size, w13, w13_scale, w13_bias, topk_weights, topk_ids, expert_map, map_size, act,
-                INTERLEAVED=activation == "swigluoai", ACTIVATION=activation, PTX=ptx(platform), **up, **shared)
-            second[(tokens, -(-hidden_size // down["BLOCK_N"]))](
-                act, w2, w2_scale, w2_bias, topk_weights, topk_ids, expert_map, map_size, out, out.stride(0),
-                SLOTS=triton.next_power_of_2(topk), **down, **shared)
+            first((routes, columns_up), hidden_states, hidden_size, w13, w13_scale, w13_bias, topk_weights, topk_ids,
+                  expert_map, map_size, act)
+            second((tokens, columns_down), act, w2, w2_scale, w2_bias, topk_weights, topk_ids, expert_map, map_size,
+                   out, out.stride(0))
         return out
 
     return kernel

@@ -16,9 +16,11 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..kept_launch import Described
 from . import align, grouped, prepare, tiles as launch_parameters
 from .checks import make_checks
-from .launch import INTERPRETED, dependent_launch, on_gpu, ptx
+from .formats import WEIGHTS
+from .launch import INTERPRETED, dependent_launch, launch_of, on_gpu, ptx
 
 if not INTERPRETED:  # Gluon has no interpreter
     from . import persistent
@@ -28,20 +30,36 @@ FORMATS = {"none": "none", "fp8_block": "fp8_block", "fp8_channel": "fp8", "fp8_
 FEW_ROUTES = 8192  # up to here the first launch aligns them, each of its programs reading all ids
 CHUNK = 256  # routes of a program above
 COLUMNS = 1024 if INTERPRETED else 256  # that a program sums; the interpreter takes as long over few as over many
+REMEMBERED = 4096  # numbers of tokens whose launches are
+
+
+class Size(NamedTuple):
+    """What the number of tokens decides."""
+
+    tokens: int
+    routes: int
+    blocks: int  # at most
+    described: bool  # whether weights begin where a tensor descriptor may
 
 
 class Blocks(NamedTuple):
-    """What align.py makes: order [R], blocks [3, NB], num_blocks [1], and a counter at 0 for each product."""
+    """What align.py makes: order [R], blocks [3, NB], num_blocks [1], and a counter at 0 for each product; each from a
+    multiple of 16 bytes on, in one allocation."""
 
     order: Tensor
     blocks: Tensor
     num_blocks: Tensor
     tickets: Tensor
 
+    @classmethod
+    def empty(cls, size: Size, device: torch.device) -> "Blocks":
+        sizes = (size.routes + 3 & ~3, 3 * size.blocks + 3 & ~3, 4, 2)
+        return cls(*torch.empty(sum(sizes), dtype=torch.int32, device=device).split(sizes))
+
 
 def grouped_parameters(tile: Mapping[str, object]) -> dict[str, object]:
     """What both kernels of grouped.py take of a tile."""
-    return {name: value for name, value in tile.items() if name not in ("MERGED", "PASSES", "PERSISTENT")}
+    return {name: value for name, value in tile.items() if name not in ("MERGED", "PASSES", "PERSISTENT", "DESCRIPTOR")}
 
 
 @functools.cache
@@ -75,128 +93,168 @@ def experts(*, num_experts, topk, hidden_size, intermediate_size, dtype="bfloat1
     shared = dict(FORMAT=FORMATS[weight_quant], PER_TENSOR=weight_quant == "fp8_tensor", GROUP=group_size,
                   STATIC=static, WEIGHT_ON_INPUT=apply_router_weight_on_input, DEPENDENT=dependent, TOPK=topk,
                   HIDDEN=hidden_size, INTERMEDIATE=intermediate_size)
-    acts = dict(GROUP=group_size, KIND=kind, DEPENDENT=dependent)
     may_describe = platform is not None and platform.kind in ("cuda", "interpreter")
+    weight_bytes = (WEIGHTS[weight_quant].stored or hidden_dtype).itemsize
 
-    def weights_for(tensor, tile, columns, halves):
-        """What a kernel reads `tensor` through, and whether that is a descriptor."""
-        depth, rows = columns // packed, tensor.shape[1] // halves
-        if not (tile["DESCRIPTOR"] and may_describe and depth * tensor.element_size() % 16 == 0
-                and tensor.data_ptr() % 16 == 0):
-            return tensor, False
-        within = [2 * depth if interleaved and halves == 2 else depth, 1]
-        half = depth if interleaved and halves == 2 else rows * depth
-        return TensorDescriptor(tensor, [num_experts, halves, rows, depth], [halves * rows * depth, half, *within],
-                                [1, 2 if tile["MERGED"] else 1, tile["BLOCK_N"], tile["BLOCK_K"] // packed]), True
+    def reader(size: Size, tile, columns, halves):
+        """What makes the descriptor that a kernel reads weights through; None where it reads them without."""
+        depth = columns // packed
+
+        def describe(weights):
+            rows = weights.shape[1] // halves
+            within = [2 * depth if interleaved and halves == 2 else depth, 1]
+            half = depth if interleaved and halves == 2 else rows * depth
+            return TensorDescriptor(weights, [num_experts, halves, rows, depth], [halves * rows * depth, half, *within],
+                                    [1, 2 if tile["MERGED"] else 1, tile["BLOCK_N"], tile["BLOCK_K"] // packed])
+
+        able = tile["DESCRIPTOR"] and may_describe and size.described and depth * weight_bytes % 16 == 0
+        return describe if able else None
 
     def persistent_parameters(tile):
         return dict(TOPK=topk, HIDDEN=hidden_size, INTERMEDIATE=intermediate_size, GROUP=group_size,
                     WEIGHT_ON_INPUT=apply_router_weight_on_input, DEPENDENT=dependent, num_warps=persistent.WARPS,
                     **{name: tile[name] for name in ("BLOCK_N", "BLOCK_K", "GROUP_M")}, **pdl)
 
-    def first_product(tile, block_m, x, x_scale, w13, w13_scale, w13_bias, topk_weights, run: Blocks, act, act_scale):
-        tokens, routes, most = x.shape[0], act.shape[0], run.blocks.shape[1]
-        if tile["PERSISTENT"]:
-            read = persistent.describe(w13.view(-1, hidden_size), [tile["BLOCK_N"], tile["BLOCK_K"]])
-            persistent.persistent_up[(multiprocessors(x.device),)](
-                x, x_scale, read, w13_scale, w13_bias, topk_weights, run.order, run.blocks, run.num_blocks, act,
-                act_scale, tokens, routes, most, run.tickets[:1], ACTIVATION=activation, STAGES=tile["num_stages"],
-                **persistent_parameters(tile))
-            return
-        read, described = weights_for(w13, tile, hidden_size, 2)
-        grouped.grouped_up[(most * -(-intermediate_size // (tile["BLOCK_N"] * tile["PASSES"])),)](
-            x, x_scale, hidden_size, read, w13_scale, w13_bias, topk_weights, run.order, run.blocks, run.num_blocks,
-            act, act_scale, tokens, routes, most, INTERLEAVED=interleaved, ACTIVATION=activation, BLOCK_M=block_m,
-            PTX=ptx(platform), **shared, **{**grouped_parameters(tile), "MERGED": tile["MERGED"],
-                                            "PASSES": tile["PASSES"], "DESCRIPTOR": described}, **pdl)
+    # These make functions that launch for a number of tokens, so that a call has little left to work out.
 
-    def second_product(tile, block_m, act, act_scale, w2, w2_scale, w2_bias, topk_weights, run: Blocks, rows,
-                       row_scale):
-        routes, most = act.shape[0], run.blocks.shape[1]
+    def alignment(size: Size, block_m):
+        few, chunks = size.routes <= FEW_ROUTES, -(-size.routes // CHUNK)
+        step = min(4096, triton.next_power_of_2(size.routes))
+        programs = 1 + num_experts if few else chunks
+        grid = programs + (0 if stored is None else size.tokens),
+        both = dict(NUM_EXPERTS=num_experts, BINS=bins, BLOCK_M=block_m, CHUNK=CHUNK, DEPENDENT=dependent, num_warps=8,
+                    **pdl)
+        first = launch_of(prepare.prepare, STEP=step, ROWS=min(step, 256), HIDDEN=hidden_size,
+                          BLOCK=max(group_size, triton.next_power_of_2(hidden_size)), ACT_QUANT=act_quant, FEW=few,
+                          GROUP=group_size, KIND=kind, **both)
+        second = launch_of(align.place_chunks, ROWS=max(1, 16384 // bins), **both)
+
+        def launch(topk_ids, expert_map, run: Blocks, hidden_states, x, x_scale, a13_scale):
+            map_size = 0 if expert_map is None else expert_map.shape[0]
+            counts = None if few else torch.empty((chunks, bins), dtype=torch.int32, device=topk_ids.device)
+            first(grid, topk_ids, expert_map, map_size, run.order, run.blocks, run.num_blocks, counts, run.tickets,
+                  hidden_states, hidden_size, x, None if static else x_scale, a13_scale, size.tokens, size.routes,
+                  size.blocks, programs)
+            if not few:
+                second((1 + chunks,), topk_ids, expert_map, map_size, counts, run.order, run.blocks, run.num_blocks,
+                       size.routes, chunks, size.blocks)
+        return launch
+
+    def first_product(size: Size, block_m, tile):
+        if act_quant == "fp8_block" and tile["BLOCK_N"] * tile["PASSES"] != group_size:
+            raise ValueError(f"a tile of {tile['BLOCK_N']} columns, {tile['PASSES']} times, can't be quantised in "
+                             f"groups of {group_size}")
         if tile["PERSISTENT"]:
-            stages = min(tile["num_stages"], 4 if rows.element_size() == 2 else 3)  # wide rows need a stage's room
-            read = persistent.describe(w2.view(-1, intermediate_size), [tile["BLOCK_N"], tile["BLOCK_K"]])
-            persistent.persistent_down[(multiprocessors(act.device),)](
-                act, persistent.describe(act, [64, tile["BLOCK_K"]]), act_scale, read, w2_scale, w2_bias, topk_weights,
-                run.order, run.blocks, run.num_blocks, rows, row_scale, routes, most, run.tickets[1:],
-                SCALED=weight_quant == "fp8_block", STAGES=stages, **persistent_parameters(tile))
-            return
-        read, described = weights_for(w2, tile, intermediate_size, 1)
-        grouped.grouped_down[(most * -(-hidden_size // tile["BLOCK_N"]),)](
-            act, act_scale, read, w2_scale, w2_bias, topk_weights, run.order, run.blocks, run.num_blocks, rows,
-            row_scale, routes, most, BLOCK_M=block_m, **shared, **{**grouped_parameters(tile), "DESCRIPTOR": described},
-            **pdl)
+            parameters = dict(ACTIVATION=activation, STAGES=tile["num_stages"], **persistent_parameters(tile))
+
+            def launch_persistent(x, x_scale, w13, w13_scale, w13_bias, topk_weights, run: Blocks, act, act_scale):
+                read = persistent.describe(w13.view(-1, hidden_size), [tile["BLOCK_N"], tile["BLOCK_K"]])
+                persistent.persistent_up[(multiprocessors(x.device),)](
+                    x, x_scale, read, w13_scale, w13_bias, topk_weights, run.order, run.blocks, run.num_blocks, act,
+                    act_scale, size.tokens, size.routes, size.blocks, run.tickets[:1], **parameters)
+            return launch_persistent
+        describe = reader(size, tile, hidden_size, 2)
+        grid = size.blocks * -(-intermediate_size // (tile["BLOCK_N"] * tile["PASSES"])),
+        grouped_up = launch_of(grouped.grouped_up, INTERLEAVED=interleaved, ACTIVATION=activation, BLOCK_M=block_m,
+                               PTX=ptx(platform), MERGED=tile["MERGED"], PASSES=tile["PASSES"],
+                               DESCRIPTOR=describe is not None, **shared, **grouped_parameters(tile), **pdl)
+
+        def launch(x, x_scale, w13, w13_scale, w13_bias, topk_weights, run: Blocks, act, act_scale):
+            grouped_up(grid, x, x_scale, hidden_size, Described(w13, describe) if describe else w13, w13_scale,
+                       w13_bias, topk_weights, run.order, run.blocks, run.num_blocks, act, act_scale, size.tokens,
+                       size.routes, size.blocks)
+        return launch
+
+    def second_product(size: Size, block_m, tile, halved):
+        if tile["PERSISTENT"]:
+            stages = min(tile["num_stages"], 4 if halved else 3)  # wide rows need a stage's room
+            parameters = dict(SCALED=weight_quant == "fp8_block", STAGES=stages, **persistent_parameters(tile))
+            block = [tile["BLOCK_N"], tile["BLOCK_K"]]
+
+            def launch_persistent(act, act_scale, w2, w2_scale, w2_bias, topk_weights, run: Blocks, rows, row_scale):
+                read = persistent.describe(w2.view(-1, intermediate_size), block)
+                persistent.persistent_down[(multiprocessors(act.device),)](
+                    act, persistent.describe(act, [64, tile["BLOCK_K"]]), act_scale, read, w2_scale, w2_bias,
+                    topk_weights, run.order, run.blocks, run.num_blocks, rows, row_scale, size.routes, size.blocks,
+                    run.tickets[1:], **parameters)
+            return launch_persistent
+        describe = reader(size, tile, intermediate_size, 1)
+        grid = size.blocks * -(-hidden_size // tile["BLOCK_N"]),
+        grouped_down = launch_of(grouped.grouped_down, BLOCK_M=block_m, DESCRIPTOR=describe is not None, **shared,
+                                 **grouped_parameters(tile), **pdl)
+
+        def launch(act, act_scale, w2, w2_scale, w2_bias, topk_weights, run: Blocks, rows, row_scale):
+            grouped_down(grid, act, act_scale, Described(w2, describe) if describe else w2, w2_scale, w2_bias,
+                         topk_weights, run.order, run.blocks, run.num_blocks, rows, row_scale, size.routes, size.blocks)
+        return launch
+
+    def summing(size: Size, columns):
+        """`columns`: how many of a row have a scale together; 0 where rows have none."""
+        tile = columns or COLUMNS
+        span = max(1, min(1024, triton.next_power_of_2(hidden_size)) // tile) if columns else 1
+        grid = size.tokens, -(-hidden_size // (tile * span))
+        sum_slots = launch_of(grouped.sum_slots, TOPK=topk, HIDDEN=hidden_size, NUM_EXPERTS=num_experts, TILES=span,
+                              TILE=tile, DEPENDENT=dependent, num_warps=max(1, span * tile // 256), **pdl)
+
+        def launch(rows, row_scale, topk_ids, expert_map, out):
+            sum_slots(grid, rows, row_scale, topk_ids, expert_map, 0 if expert_map is None else expert_map.shape[0],
+                      out, out.stride(0))
+        return launch
+
+    quantise_rows = launch_of(prepare.quantise_rows, COLUMNS=intermediate_size,
+                              BLOCK=triton.next_power_of_2(intermediate_size), KIND=kind, DEPENDENT=dependent, **pdl)
+
+    @functools.lru_cache(REMEMBERED)
+    def layer(tokens: int, described: bool):
+        """The kernel for this number of tokens, of 1 or more, without its checks."""
+        chosen = choose(tokens)
+        if (chosen["up"]["PERSISTENT"] or chosen["down"]["PERSISTENT"]) and not described:
+            chosen = launch_parameters.default(traits, tokens, aligned=False)
+        block_m, routes = chosen["BLOCK_M"], tokens * topk
+        size = Size(tokens, routes, min(routes, num_experts + routes // block_m), described)
+        halved = launch_parameters.halved(traits, tokens)
+        columns = chosen["down"]["BLOCK_N"] * (2 if chosen["down"]["PERSISTENT"] else 1)  # of a second product's tile
+        align_routes = alignment(size, block_m)
+        up = first_product(size, block_m, chosen["up"])
+        down = second_product(size, block_m, chosen["down"], halved)
+        sum_up = summing(size, columns if halved else 0)
+
+        def run(hidden_states, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, a13_scale, a2_scale, w13_bias,
+                w2_bias, expert_map, out):
+            def empty(*shape, dtype=torch.float32):
+                return torch.empty(shape, dtype=dtype, device=hidden_states.device)
+
+            blocks, x, x_scale, act_scale = Blocks.empty(size, hidden_states.device), hidden_states, a13_scale, a2_scale
+            if stored is not None:
+                x = empty(tokens, hidden_size, dtype=stored)
+                if not static:
+                    x_scale = empty(1 if by_row else -(-hidden_size // group_size), tokens)
+            align_routes(topk_ids, expert_map, blocks, hidden_states, x, x_scale, a13_scale)
+
+            act = empty(routes, intermediate_size, dtype=torch.float32 if by_row else stored or hidden_dtype)
+            if act_quant == "fp8_block":
+                act_scale = empty(-(-intermediate_size // group_size), routes)
+            up(x, x_scale, w13, w13_scale, w13_bias, topk_weights, blocks, act, act_scale)
+            if by_row:
+                wide, act, act_scale = act, empty(routes, intermediate_size, dtype=stored), empty(routes)
+                quantise_rows((routes,), wide, act, act_scale, routes)
+
+            rows = empty(routes, hidden_size, dtype=torch.float16 if halved else torch.float32)
+            row_scale = empty(routes, -(-hidden_size // columns)) if halved else None
+            down(act, act_scale, w2, w2_scale, w2_bias, topk_weights, blocks, rows, row_scale)
+            sum_up(rows, row_scale, topk_ids, expert_map, out)
+        return run
 
     def kernel(hidden_states, w13, w2, topk_weights, topk_ids, *, w13_scale=None, w2_scale=None, a13_scale=None,
                a2_scale=None, w13_bias=None, w2_bias=None, expert_map=None, out=None):
-        tokens = check(hidden_states, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, a13_scale, a2_scale,
-                       w13_bias, w2_bias, expert_map, out)
-        device = hidden_states.device
+        tensors = (hidden_states, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, a13_scale, a2_scale, w13_bias,
+                   w2_bias, expert_map)
+        tokens = check(*tensors, out)
         if out is None:
-            out = torch.empty((tokens, hidden_size), dtype=hidden_dtype, device=device)
-        if tokens == 0:
-            return out
-        chosen = choose(tokens)
-        if (chosen["up"]["PERSISTENT"] or chosen["down"]["PERSISTENT"]) and (w13.data_ptr() | w2.data_ptr()) % 16:
-            chosen = launch_parameters.default(traits, tokens, aligned=False)
-        block_m, up, down = chosen["BLOCK_M"], chosen["up"], chosen["down"]
-        routes = tokens * topk
-        most = min(routes, num_experts + routes // block_m)
-        few = routes <= FEW_ROUTES
-        chunks = -(-routes // CHUNK)
-        map_size = 0 if expert_map is None else expert_map.shape[0]
-
-        def empty(*shape, dtype=torch.int32):
-            return torch.empty(shape, dtype=dtype, device=device)
-
-        run = Blocks(empty(routes), empty(3, most), empty(1), empty(2))
-        counts = None if few else empty(chunks, bins)
-        x, x_scale = hidden_states, a13_scale
-        if stored is not None:
-            x = empty(tokens, hidden_size, dtype=stored)
-            if not static:
-                x_scale = empty(1 if by_row else -(-hidden_size // group_size), tokens, dtype=torch.float32)
-        step = min(4096, triton.next_power_of_2(routes))
-        aligning = 1 + num_experts if few else chunks
-        with on_gpu(device):
-            prepare.prepare[(aligning + (0 if stored is None else tokens),)](
-                topk_ids, expert_map, map_size, run.order, run.blocks, run.num_blocks, counts, run.tickets,
-                hidden_states, hidden_size, x, None if static else x_scale, a13_scale, tokens, routes, most, aligning,
-                NUM_EXPERTS=num_experts, BINS=bins, BLOCK_M=block_m, STEP=step, ROWS=min(step, 256), CHUNK=CHUNK,
-                HIDDEN=hidden_size, BLOCK=max(group_size, triton.next_power_of_2(hidden_size)), ACT_QUANT=act_quant,
-                FEW=few, **acts, num_warps=8, **pdl)
-            if not few:
-                align.place_chunks[(1 + chunks,)](
-                    topk_ids, expert_map, map_size, counts, run.order, run.blocks, run.num_blocks, routes, chunks, most,
-                    NUM_EXPERTS=num_experts, BINS=bins, BLOCK_M=block_m, CHUNK=CHUNK, ROWS=max(1, 16384 // bins),
-                    DEPENDENT=dependent, num_warps=8, **pdl)
-
-            act_dtype = torch.float32 if by_row else stored or hidden_dtype
-            act, act_scale = empty(routes, intermediate_size, dtype=act_dtype), a2_scale
-            if act_quant == "fp8_block":
-                if up["BLOCK_N"] * up["PASSES"] != group_size:
-                    raise ValueError(f"a tile of {up['BLOCK_N']} columns, {up['PASSES']} times, can't be quantised in "
-                                     f"groups of {group_size}")
-                act_scale = empty(-(-intermediate_size // group_size), routes, dtype=torch.float32)
-            first_product(up, block_m, x, x_scale, w13, w13_scale, w13_bias, topk_weights, run, act, act_scale)
-            if by_row:
-                rows, act = act, empty(routes, intermediate_size, dtype=stored)
-                act_scale = empty(routes, dtype=torch.float32)
-                prepare.quantise_rows[(routes,)](
-                    rows, act, act_scale, routes, COLUMNS=intermediate_size,
-                    BLOCK=triton.next_power_of_2(intermediate_size), KIND=kind, DEPENDENT=dependent, **pdl)
-
-            halved = launch_parameters.halved(traits, tokens)
-            columns = down["BLOCK_N"] * (2 if down["PERSISTENT"] else 1)  # that one tile of the second product makes
-            rows = empty(routes, hidden_size, dtype=torch.float16 if halved else torch.float32)
-            row_scale = empty(routes, -(-hidden_size // columns), dtype=torch.float32) if halved else None
-            second_product(down, block_m, act, act_scale, w2, w2_scale, w2_bias, topk_weights, run, rows, row_scale)
-            tile = columns if halved else COLUMNS
-            span = max(1, min(1024, triton.next_power_of_2(hidden_size)) // tile) if halved else 1
-            grouped.sum_slots[(tokens, -(-hidden_size // (tile * span)))](
-                rows, row_scale, topk_ids, expert_map, map_size, out, out.stride(0), TOPK=topk, HIDDEN=hidden_size,
-                NUM_EXPERTS=num_experts, TILES=span, TILE=tile, DEPENDENT=dependent,
-                num_warps=max(1, span * tile // 256), **pdl)
+            out = torch.empty((tokens, hidden_size), dtype=hidden_dtype, device=hidden_states.device)
+        if tokens:
+            with on_gpu(hidden_states.device):
+                layer(tokens, (w13.data_ptr() | w2.data_ptr()) % 16 == 0)(*tensors, out)
         return out
 
     return kernel
