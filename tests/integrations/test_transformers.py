@@ -36,14 +36,19 @@ def test_generates_what_eager_does_and_leaves_no_trace(name, ran):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_in_bfloat16_it_is_as_near_to_float32_as_transformers_is(name, ran):
+    as_near_as_transformers(name, "cpu")
+    assert ran == {"moe.topk": 1, "moe.experts": 1}
+
+
+def as_near_as_transformers(name: str, device: str) -> None:
     """Both round at the same places or at fewer; a factor of two is for what chance makes of so few numbers. One layer,
     whose routers see the same input: with another before it a rounding may choose another expert, here or there."""
     one = dict(num_hidden_layers=1, **({"layer_types": ["full_attention"]} if name == "gpt_oss" else {}))
-    exact, model = logits(tiny.model(name, **one)), tiny.model(name, torch.bfloat16, **one)
-    eager = (logits(model).float() - exact).norm()
+    prompt = tiny.tokens().to(device)
+    exact, model = logits(tiny.model(name, **one).to(device), prompt), tiny.model(name, torch.bfloat16, **one)
+    eager = (logits(model.to(device), prompt).float() - exact).norm()
     with adapter.enable(model):
-        ours = (logits(model).float() - exact).norm()
-    assert ran == {"moe.topk": 1, "moe.experts": 1}
+        ours = (logits(model, prompt).float() - exact).norm()
     assert ours <= 2 * eager and eager <= 0.2 * exact.norm()
 
 
@@ -189,11 +194,10 @@ def test_every_row_of_the_table_is_the_class_it_names(name):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="not run: there is no GPU")
 @pytest.mark.parametrize("name", MODELS)
 def test_on_a_gpu(name, ran):
+    as_near_as_transformers(name, "cuda")
+    assert ran == {"moe.topk": 1, "moe.experts": 1}
     model, prompt = tiny.model(name, torch.bfloat16).cuda(), tiny.tokens().cuda()
-    own = logits(model, prompt).float()
     with adapter.enable(model) as report:
         assert not report.declined and not any(row.kernel == "torch" for row in report.rows)
-        found = logits(model, prompt).float()
         generate(model, prompt)
-    assert ran["moe.topk"] == ran["moe.experts"] == (1 + NEW) * tiny.LAYERS
-    assert (found - own).norm() <= 0.1 * own.norm()
+    assert ran["moe.topk"] == ran["moe.experts"] == 1 + NEW * tiny.LAYERS
