@@ -47,7 +47,9 @@ class Kernel(triton.JITFunction):
         assert options == self.options and {name: bound[name] for name in self.constants} == self.constants
         self.asked += 1
         specialisation = tuple(map(tuple, specialisation))
-        return self.made.setdefault(specialisation, self.compiled(specialisation))
+        if specialisation not in self.made:
+            self.made[specialisation] = self.compiled(specialisation)
+        return self.made[specialisation]
 
     def compiled(self, specialisation):
         made = CompiledKernel.__new__(CompiledKernel)

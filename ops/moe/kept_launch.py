@@ -23,22 +23,32 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 KNOWN = ((3, 6), (3, 7), (3, 8), (3, 9))  # the versions of Triton whose launchers were read for this
-DESCRIPTIONS = 4096  # that a launch remembers: one a layer's weights
+EXPANDED = 4096  # descriptors that a launch remembers: one for each layer's weights
 ONES = (1, 1, 1)  # programs along what a grid leaves out
 
 
 class Described(NamedTuple):
-    """An argument that a kernel reads through a tensor descriptor, make(tensor), which for one launch and one shape of
-    the tensor differ in their address alone."""
+    """A tensor that a kernel reads through the descriptor make(tensor). For one launch, tensors of one shape and dtype
+    have descriptors that differ in the address alone."""
 
     tensor: Tensor
     make: Callable
 
 
+class Launcher(NamedTuple):
+    """What launches a compiled kernel: function(*grid, stream, *between, *arguments); or, as_sequence, with the
+    arguments as one sequence. A descriptor among them is passed as what expand(descriptor) lists."""
+
+    function: Callable
+    between: tuple
+    as_sequence: bool
+    expand: Callable | None
+
+
 def kept_launch(kernel, **parameters):
     """launch(grid, *arguments), which is kernel[grid](*arguments, **parameters): `parameters` are the kernel's
-    compile-time constants, which it names last, and launch options. Arguments are tensors of one device, the first one
-    always, None, integers of at least 0, and one Described at most.
+    compile-time constants, which it names last, and launch options. Arguments, which are not counted here, are tensors
+    of one device (the first is one), None, ints of at least 0 (no bool, no float), and one Described at most.
     """
     names = tuple(kernel.arg_names)
     count = sum(name not in parameters for name in names)
@@ -51,13 +61,14 @@ def kept_launch(kernel, **parameters):
     if not can_keep(kernel):
         return launch_plainly
     constants = tuple(parameters[name] for name in names[count:])
-    kept: dict[tuple, tuple] = {}
+    kept: dict[tuple, tuple | bool] = {}  # False: this kind takes Triton's own way
 
     def launch(grid, *arguments):
         device = arguments[0].get_device()
         # Triton compiles anew for a pointer that is None, of another dtype, or not a multiple of 16; and for an integer
-        # that is 1, a multiple of 16, or too large for int32.
-        key, values, described = [device], [], None
+        # that is 1, a multiple of 16, or too large for int32. Where it does not, what is found for a finer key is what
+        # it had compiled.
+        key, values, described, place = [device], [], None, None
         for argument in arguments:
             kind = type(argument)
             if kind is int:
@@ -67,35 +78,34 @@ def kept_launch(kernel, **parameters):
                 key.append(None)
                 values.append(None)
             elif kind is Described:
-                described = argument
+                described, place = argument, len(values)
                 key.append((Described, argument.tensor.dtype))
-                values.append(argument)
+                values.append(None)
             else:
                 address = argument.data_ptr()
                 key.append((address & 15, argument.dtype))
                 values.append(address)
         key = tuple(key)
         found = kept.get(key)
-        ordinary = device == torch.cuda.current_device() and not hooked(kernel)
-        if found is None or not ordinary:
+        if not found or device != torch.cuda.current_device() or hooked(kernel):
             compiled = launch_plainly(grid, *arguments)
-            if ordinary and type(compiled) is CompiledKernel:  # a profiler's kernel may be instrumented
-                place = None if described is None else values.index(described)
+            if (found is None and type(compiled) is CompiledKernel  # a profiler's kernel may be instrumented
+                    and device == torch.cuda.current_device() and not hooked(kernel)):
                 how = launcher(compiled, len(names), place, described and described.make(described.tensor))
-                if how is not None:  # `compiled` owns the module: hold it
-                    kept[key] = (compiled, how, place, {}, driver.active.get_current_stream)
+                # `compiled` owns the module: hold it
+                kept[key] = how is not None and (compiled, how, {}, driver.active.get_current_stream)
             return
-        _, (function, between, as_tuple, describe), place, descriptions, current_stream = found
-        if place is not None:
+        _, (function, between, as_sequence, expand), expanded, current_stream = found
+        if described is not None:
             of = described.tensor.data_ptr(), described.tensor.shape
-            parts = descriptions.get(of)
+            parts = expanded.get(of)
             if parts is None:
-                if len(descriptions) >= DESCRIPTIONS:
-                    descriptions.clear()
-                parts = descriptions[of] = describe(described.make(described.tensor))
+                if len(expanded) >= EXPANDED:
+                    expanded.clear()
+                parts = expanded[of] = expand(described.make(described.tensor))
             values[place:place + 1] = parts
         values += constants
-        function(*grid, *ONES[len(grid):], current_stream(device), *between, *((values,) if as_tuple else values))
+        function(*grid, *ONES[len(grid):], current_stream(device), *between, *((values,) if as_sequence else values))
 
     return launch
 
@@ -113,12 +123,11 @@ def hooked(kernel) -> bool:
                 or getattr(runtime.launch_exit_hook, "calls", True))  # a chain of hooks may be empty
 
 
-def launcher(compiled, count: int, place: int | None = None, descriptor=None):
-    """(function, between, as_tuple, describe): what launches a kernel of `count` arguments, its constants included,
-    when it is called as function(*grid, stream, *between, *arguments); or, as_tuple, with the arguments as one
-    sequence. `descriptor` is the argument at `place`, where there is one: passed as what describe(descriptor) lists.
+def launcher(compiled, count: int, place: int | None = None, descriptor=None) -> Launcher | None:
+    """The Launcher of a kernel of `count` arguments, its constants included, of which the one at `place` is
+    `descriptor`, where there is one.
 
-    The function is the one in C that `compiled.run` calls when it has allocated what the kernel needs. Which arguments
+    Its function is the one in C that `compiled.run` calls when it has allocated what the kernel needs. Which arguments
     go where differs between Triton's versions, so a copy of `compiled.run` is asked. If the kernel needs an allocation,
     or the answer is not understood, the function is `compiled.run` itself, or with a descriptor there is none: None.
     """
@@ -136,19 +145,19 @@ def launcher(compiled, count: int, place: int | None = None, descriptor=None):
             return everything
 
         found = passed(descriptor)
-        as_tuple = isinstance(found[-1], (list, tuple))
-        start = 0 if as_tuple else next((i for i, one in enumerate(found) if one is arguments[0]), 0)
-        given = found[-1] if as_tuple else found[start:]
+        as_sequence = isinstance(found[-1], (list, tuple))
+        start = 0 if as_sequence else next((i for i, one in enumerate(found) if one is arguments[0]), 0)
+        given = found[-1] if as_sequence else found[start:]
         middle = slice(len(before), len(given) - len(after))
         if (found[:4] == [1, 1, 1, 0] and [*given[:middle.start], *given[middle.stop:]] == [*before, *after]
                 and (place is not None or middle.start == middle.stop)):
-            def describe(described) -> tuple:
-                everything = passed(described)
-                parts = (everything[-1] if as_tuple else everything[start:])[middle]
+            def expand(descriptor) -> tuple:
+                everything = passed(descriptor)
+                parts = (everything[-1] if as_sequence else everything[start:])[middle]
                 return tuple(part.data_ptr() if isinstance(part, Tensor) else part for part in parts)
 
-            return function, tuple(found[4:-1] if as_tuple else found[4:start]), as_tuple, describe
-    return (run, between, False, None) if place is None else None
+            return Launcher(function, tuple(found[4:-1] if as_sequence else found[4:start]), as_sequence, expand)
+    return Launcher(run, between, False, None) if place is None else None
 
 
 def _in_c(launch):

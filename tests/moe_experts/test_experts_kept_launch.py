@@ -253,6 +253,7 @@ def test_a_launcher_that_is_not_understood_is_called(stream, order, call):
         def launcher(self, in_c, specialisation):
             class Launcher:
                 def __call__(self, x, y, z, stream, function, *others):
+                    probed.append(self)
                     head, arguments = (x, y, z, stream, function, *others[:4]), others[4:]
                     self.launch(*{"stream first": (stream, *head, arguments), "others last": (*arguments, *head),
                                   "one more": (*head, (*arguments, "a table"))}[order])
@@ -261,14 +262,14 @@ def test_a_launcher_that_is_not_understood_is_called(stream, order, call):
             run.launch = in_c
             return run
 
-    made = Strange(descriptors=ON_HOPPER)
+    probed, made = [], Strange(descriptors=ON_HOPPER)
     launch = keep(made)
     launch(GRID, *call)
     if call is PLAIN:
         check_second(made, launch, call)
     else:
         launch(GRID, *call)
-        assert made.asked == 2 and not made.launched
+        assert made.asked == 2 and not made.launched and len(probed) == 1
 
 
 # ---- descriptors -----------------------------------------------------------------------------------------------------
@@ -298,7 +299,7 @@ def test_a_descriptor_is_encoded_once_for_an_address(stream, form):
 
 @either_form
 def test_so_many_descriptors_are_remembered(stream, form, monkeypatch):
-    monkeypatch.setattr(module, "DESCRIPTIONS", 3)
+    monkeypatch.setattr(module, "EXPANDED", 3)
     made, tensors = form(descriptors=ON_HOPPER), [weights() for _ in range(4)]
     launch = keep(made)
     launch(GRID, *described(tensors[0]))
@@ -457,6 +458,7 @@ def test_what_is_not_compiled_yet_is_not_kept(stream, monkeypatch, unready):
     launch = keep(made)
     with monkeypatch.context() as patch:
         patch.setattr(made, "run", lambda *_, **__: unready)  # a hook that compiles elsewhere, or a future
+        patch.setattr(torch.cuda, "current_device", lambda: 1 / 0)  # where one compiles ahead, there may be none
         launch(GRID, *PLAIN)
     launch(GRID, *PLAIN)
     assert made.asked == 1

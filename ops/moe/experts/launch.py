@@ -1,4 +1,4 @@
-"""What the Triton implementations know of the machine they launch on."""
+"""How the Triton implementations launch, and what they know of the machine they do it on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from kernel_registry.errors import InputError
 from ..kept_launch import kept_launch
 
 INTERPRETED = triton.knobs.runtime.interpret
-launch_of = lru_cache(maxsize=None, typed=True)(kept_launch)  # one for the same kernel and constants
+# One launch for the same kernel and constants, for as long as the process lives: layers alike, and numbers of tokens
+# with the same tile, share what was compiled and the descriptors that were made.
+launch_of = lru_cache(maxsize=None, typed=True)(kept_launch)
 
 
 def dependent_launch(platform) -> bool:

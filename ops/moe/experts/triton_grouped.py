@@ -34,17 +34,17 @@ REMEMBERED = 4096  # numbers of tokens whose launches are
 
 
 class Size(NamedTuple):
-    """What the number of tokens decides."""
+    """What launches depend on, beside their tile."""
 
     tokens: int
     routes: int
-    blocks: int  # at most
-    described: bool  # whether weights begin where a tensor descriptor may
+    most_blocks: int
+    aligned: bool  # whether w13 and w2 both begin at a multiple of 16 bytes, as a tensor descriptor wants
 
 
 class Blocks(NamedTuple):
-    """What align.py makes: order [R], blocks [3, NB], num_blocks [1], and a counter at 0 for each product; each from a
-    multiple of 16 bytes on, in one allocation."""
+    """What align.py makes, int32: order [R], blocks [3 * NB], num_blocks [1], and tickets [2], a counter at 0 for each
+    product. One allocation, in which each begins at a multiple of 16 bytes."""
 
     order: Tensor
     blocks: Tensor
@@ -53,7 +53,7 @@ class Blocks(NamedTuple):
 
     @classmethod
     def empty(cls, size: Size, device: torch.device) -> "Blocks":
-        sizes = (size.routes + 3 & ~3, 3 * size.blocks + 3 & ~3, 4, 2)
+        sizes = [-(-elements // 4) * 4 for elements in (size.routes, 3 * size.most_blocks, 1, 2)]
         return cls(*torch.empty(sum(sizes), dtype=torch.int32, device=device).split(sizes))
 
 
@@ -96,7 +96,7 @@ def experts(*, num_experts, topk, hidden_size, intermediate_size, dtype="bfloat1
     may_describe = platform is not None and platform.kind in ("cuda", "interpreter")
     weight_bytes = (WEIGHTS[weight_quant].stored or hidden_dtype).itemsize
 
-    def reader(size: Size, tile, columns, halves):
+    def descriptor_maker(size: Size, tile, columns, halves):
         """What makes the descriptor that a kernel reads weights through; None where it reads them without."""
         depth = columns // packed
 
@@ -105,9 +105,9 @@ def experts(*, num_experts, topk, hidden_size, intermediate_size, dtype="bfloat1
             within = [2 * depth if interleaved and halves == 2 else depth, 1]
             half = depth if interleaved and halves == 2 else rows * depth
             return TensorDescriptor(weights, [num_experts, halves, rows, depth], [halves * rows * depth, half, *within],
-                                    [1, 2 if tile["MERGED"] else 1, tile["BLOCK_N"], tile["BLOCK_K"] // packed])
+                                    [1, halves if tile["MERGED"] else 1, tile["BLOCK_N"], tile["BLOCK_K"] // packed])
 
-        able = tile["DESCRIPTOR"] and may_describe and size.described and depth * weight_bytes % 16 == 0
+        able = tile["DESCRIPTOR"] and may_describe and size.aligned and depth * weight_bytes % 16 == 0
         return describe if able else None
 
     def persistent_parameters(tile):
@@ -121,7 +121,7 @@ def experts(*, num_experts, topk, hidden_size, intermediate_size, dtype="bfloat1
         few, chunks = size.routes <= FEW_ROUTES, -(-size.routes // CHUNK)
         step = min(4096, triton.next_power_of_2(size.routes))
         programs = 1 + num_experts if few else chunks
-        grid = programs + (0 if stored is None else size.tokens),
+        grid = (programs + (0 if stored is None else size.tokens),)
         both = dict(NUM_EXPERTS=num_experts, BINS=bins, BLOCK_M=block_m, CHUNK=CHUNK, DEPENDENT=dependent, num_warps=8,
                     **pdl)
         first = launch_of(prepare.prepare, STEP=step, ROWS=min(step, 256), HIDDEN=hidden_size,
@@ -129,15 +129,15 @@ def experts(*, num_experts, topk, hidden_size, intermediate_size, dtype="bfloat1
                           GROUP=group_size, KIND=kind, **both)
         second = launch_of(align.place_chunks, ROWS=max(1, 16384 // bins), **both)
 
-        def launch(topk_ids, expert_map, run: Blocks, hidden_states, x, x_scale, a13_scale):
+        def launch(topk_ids, expert_map, blocks: Blocks, hidden_states, x, x_scale, a13_scale):
             map_size = 0 if expert_map is None else expert_map.shape[0]
             counts = None if few else torch.empty((chunks, bins), dtype=torch.int32, device=topk_ids.device)
-            first(grid, topk_ids, expert_map, map_size, run.order, run.blocks, run.num_blocks, counts, run.tickets,
-                  hidden_states, hidden_size, x, None if static else x_scale, a13_scale, size.tokens, size.routes,
-                  size.blocks, programs)
+            first(grid, topk_ids, expert_map, map_size, blocks.order, blocks.blocks, blocks.num_blocks, counts,
+                  blocks.tickets, hidden_states, hidden_size, x, None if static else x_scale, a13_scale, size.tokens,
+                  size.routes, size.most_blocks, programs)
             if not few:
-                second((1 + chunks,), topk_ids, expert_map, map_size, counts, run.order, run.blocks, run.num_blocks,
-                       size.routes, chunks, size.blocks)
+                second((1 + chunks,), topk_ids, expert_map, map_size, counts, blocks.order, blocks.blocks,
+                       blocks.num_blocks, size.routes, chunks, size.most_blocks)
         return launch
 
     def first_product(size: Size, block_m, tile):
@@ -147,22 +147,23 @@ def experts(*, num_experts, topk, hidden_size, intermediate_size, dtype="bfloat1
         if tile["PERSISTENT"]:
             parameters = dict(ACTIVATION=activation, STAGES=tile["num_stages"], **persistent_parameters(tile))
 
-            def launch_persistent(x, x_scale, w13, w13_scale, w13_bias, topk_weights, run: Blocks, act, act_scale):
+            def launch_persistent(x, x_scale, w13, w13_scale, w13_bias, topk_weights, blocks: Blocks, act, act_scale):
                 read = persistent.describe(w13.view(-1, hidden_size), [tile["BLOCK_N"], tile["BLOCK_K"]])
                 persistent.persistent_up[(multiprocessors(x.device),)](
-                    x, x_scale, read, w13_scale, w13_bias, topk_weights, run.order, run.blocks, run.num_blocks, act,
-                    act_scale, size.tokens, size.routes, size.blocks, run.tickets[:1], **parameters)
+                    x, x_scale, read, w13_scale, w13_bias, topk_weights, blocks.order, blocks.blocks,
+                    blocks.num_blocks, act, act_scale, size.tokens, size.routes, size.most_blocks, blocks.tickets[:1],
+                    **parameters)
             return launch_persistent
-        describe = reader(size, tile, hidden_size, 2)
-        grid = size.blocks * -(-intermediate_size // (tile["BLOCK_N"] * tile["PASSES"])),
+        describe = descriptor_maker(size, tile, hidden_size, 2)
+        grid = (size.most_blocks * -(-intermediate_size // (tile["BLOCK_N"] * tile["PASSES"])),)
         grouped_up = launch_of(grouped.grouped_up, INTERLEAVED=interleaved, ACTIVATION=activation, BLOCK_M=block_m,
                                PTX=ptx(platform), MERGED=tile["MERGED"], PASSES=tile["PASSES"],
                                DESCRIPTOR=describe is not None, **shared, **grouped_parameters(tile), **pdl)
 
-        def launch(x, x_scale, w13, w13_scale, w13_bias, topk_weights, run: Blocks, act, act_scale):
+        def launch(x, x_scale, w13, w13_scale, w13_bias, topk_weights, blocks: Blocks, act, act_scale):
             grouped_up(grid, x, x_scale, hidden_size, Described(w13, describe) if describe else w13, w13_scale,
-                       w13_bias, topk_weights, run.order, run.blocks, run.num_blocks, act, act_scale, size.tokens,
-                       size.routes, size.blocks)
+                       w13_bias, topk_weights, blocks.order, blocks.blocks, blocks.num_blocks, act, act_scale,
+                       size.tokens, size.routes, size.most_blocks)
         return launch
 
     def second_product(size: Size, block_m, tile, halved):
@@ -171,28 +172,29 @@ def experts(*, num_experts, topk, hidden_size, intermediate_size, dtype="bfloat1
             parameters = dict(SCALED=weight_quant == "fp8_block", STAGES=stages, **persistent_parameters(tile))
             block = [tile["BLOCK_N"], tile["BLOCK_K"]]
 
-            def launch_persistent(act, act_scale, w2, w2_scale, w2_bias, topk_weights, run: Blocks, rows, row_scale):
+            def launch_persistent(act, act_scale, w2, w2_scale, w2_bias, topk_weights, blocks: Blocks, rows, row_scale):
                 read = persistent.describe(w2.view(-1, intermediate_size), block)
                 persistent.persistent_down[(multiprocessors(act.device),)](
                     act, persistent.describe(act, [64, tile["BLOCK_K"]]), act_scale, read, w2_scale, w2_bias,
-                    topk_weights, run.order, run.blocks, run.num_blocks, rows, row_scale, size.routes, size.blocks,
-                    run.tickets[1:], **parameters)
+                    topk_weights, blocks.order, blocks.blocks, blocks.num_blocks, rows, row_scale, size.routes,
+                    size.most_blocks, blocks.tickets[1:2], **parameters)
             return launch_persistent
-        describe = reader(size, tile, intermediate_size, 1)
-        grid = size.blocks * -(-hidden_size // tile["BLOCK_N"]),
+        describe = descriptor_maker(size, tile, intermediate_size, 1)
+        grid = (size.most_blocks * -(-hidden_size // tile["BLOCK_N"]),)
         grouped_down = launch_of(grouped.grouped_down, BLOCK_M=block_m, DESCRIPTOR=describe is not None, **shared,
                                  **grouped_parameters(tile), **pdl)
 
-        def launch(act, act_scale, w2, w2_scale, w2_bias, topk_weights, run: Blocks, rows, row_scale):
+        def launch(act, act_scale, w2, w2_scale, w2_bias, topk_weights, blocks: Blocks, rows, row_scale):
             grouped_down(grid, act, act_scale, Described(w2, describe) if describe else w2, w2_scale, w2_bias,
-                         topk_weights, run.order, run.blocks, run.num_blocks, rows, row_scale, size.routes, size.blocks)
+                         topk_weights, blocks.order, blocks.blocks, blocks.num_blocks, rows, row_scale, size.routes,
+                         size.most_blocks)
         return launch
 
     def summing(size: Size, columns):
         """`columns`: how many of a row have a scale together; 0 where rows have none."""
         tile = columns or COLUMNS
         span = max(1, min(1024, triton.next_power_of_2(hidden_size)) // tile) if columns else 1
-        grid = size.tokens, -(-hidden_size // (tile * span))
+        grid = (size.tokens, -(-hidden_size // (tile * span)))
         sum_slots = launch_of(grouped.sum_slots, TOPK=topk, HIDDEN=hidden_size, NUM_EXPERTS=num_experts, TILES=span,
                               TILE=tile, DEPENDENT=dependent, num_warps=max(1, span * tile // 256), **pdl)
 
@@ -201,17 +203,19 @@ def experts(*, num_experts, topk, hidden_size, intermediate_size, dtype="bfloat1
                       out, out.stride(0))
         return launch
 
-    quantise_rows = launch_of(prepare.quantise_rows, COLUMNS=intermediate_size,
-                              BLOCK=triton.next_power_of_2(intermediate_size), KIND=kind, DEPENDENT=dependent, **pdl)
+    if by_row:
+        quantise_rows = launch_of(prepare.quantise_rows, COLUMNS=intermediate_size,
+                                  BLOCK=triton.next_power_of_2(intermediate_size), KIND=kind, DEPENDENT=dependent,
+                                  **pdl)
 
     @functools.lru_cache(REMEMBERED)
-    def layer(tokens: int, described: bool):
+    def layer(tokens: int, aligned: bool):
         """The kernel for this number of tokens, of 1 or more, without its checks."""
         chosen = choose(tokens)
-        if (chosen["up"]["PERSISTENT"] or chosen["down"]["PERSISTENT"]) and not described:
+        if (chosen["up"]["PERSISTENT"] or chosen["down"]["PERSISTENT"]) and not aligned:
             chosen = launch_parameters.default(traits, tokens, aligned=False)
         block_m, routes = chosen["BLOCK_M"], tokens * topk
-        size = Size(tokens, routes, min(routes, num_experts + routes // block_m), described)
+        size = Size(tokens, routes, min(routes, num_experts + routes // block_m), aligned)
         halved = launch_parameters.halved(traits, tokens)
         columns = chosen["down"]["BLOCK_N"] * (2 if chosen["down"]["PERSISTENT"] else 1)  # of a second product's tile
         align_routes = alignment(size, block_m)
@@ -219,8 +223,8 @@ def experts(*, num_experts, topk, hidden_size, intermediate_size, dtype="bfloat1
         down = second_product(size, block_m, chosen["down"], halved)
         sum_up = summing(size, columns if halved else 0)
 
-        def run(hidden_states, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, a13_scale, a2_scale, w13_bias,
-                w2_bias, expert_map, out):
+        def unchecked(hidden_states, w13, w2, topk_weights, topk_ids, w13_scale, w2_scale, a13_scale, a2_scale,
+                      w13_bias, w2_bias, expert_map, out):
             def empty(*shape, dtype=torch.float32):
                 return torch.empty(shape, dtype=dtype, device=hidden_states.device)
 
@@ -243,7 +247,7 @@ def experts(*, num_experts, topk, hidden_size, intermediate_size, dtype="bfloat1
             row_scale = empty(routes, -(-hidden_size // columns)) if halved else None
             down(act, act_scale, w2, w2_scale, w2_bias, topk_weights, blocks, rows, row_scale)
             sum_up(rows, row_scale, topk_ids, expert_map, out)
-        return run
+        return unchecked
 
     def kernel(hidden_states, w13, w2, topk_weights, topk_ids, *, w13_scale=None, w2_scale=None, a13_scale=None,
                a2_scale=None, w13_bias=None, w2_bias=None, expert_map=None, out=None):

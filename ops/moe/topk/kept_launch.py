@@ -54,12 +54,12 @@ def kept_launch(kernel, constants: dict, options: dict):
                                       row_stride, column_stride, routed_scaling_factor, shared_expert_weight)
             if not hooks and type(compiled) is CompiledKernel:  # a profiler's kernel may be instrumented
                 # `compiled` owns the module: hold it
-                kept[key] = (compiled, *launcher(compiled, len(names))[:3], driver.active.get_current_stream)
+                kept[key] = (compiled, launcher(compiled, len(names)), driver.active.get_current_stream)
             return
-        _, function, between, as_tuple, current_stream = found
+        _, (function, between, as_sequence, _), current_stream = found
         arguments = (logits_at, bias_at, weights_at, ids_at, num_valid_at, map_at, num_tokens, row_stride,
                      column_stride, routed_scaling_factor, shared_expert_weight, *constants)
-        if as_tuple:
+        if as_sequence:
             arguments = (arguments,)
         function(programs, 1, 1, current_stream(device), *between, *arguments)
 
